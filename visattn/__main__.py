@@ -1,0 +1,5 @@
+"""`python -m visattn` is the `visattn` command."""
+
+from visattn.cli import run
+
+run()

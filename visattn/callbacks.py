@@ -1,0 +1,175 @@
+"""What happens around the training steps: reproducible random numbers, progress, the table of epochs."""
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from visattn.files import write_text_atomic
+
+COLUMNS = ("epoch", "step", "train/loss", "val/loss", "val/dice", "val/iou", "lr", "seconds")
+
+
+class RandomState(L.Callback):
+    """Makes a resumed run equal to an uninterrupted one.
+
+    Every epoch starts from generators seeded by (seed, epoch, rank), so that nothing drawn outside training (a sanity
+    check, a restart) can shift what an epoch draws. The generators' states are saved as tensors with each checkpoint
+    and restored when training continues inside an epoch.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._saved: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of torch's generators, as tensors."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the saved states until training starts again."""
+        self._saved = state_dict
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Seed torch for this epoch and rank."""
+        # SeedSequence mixes the three numbers, so neighbouring seeds, epochs and ranks do not share streams.
+        entropy = np.random.SeedSequence([self.seed, trainer.current_epoch, trainer.global_rank])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        if self._saved is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
+            torch.set_rng_state(self._saved["torch"].cpu())
+            if self._saved["cuda"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([state.cpu() for state in self._saved["cuda"]])
+        self._saved = None
+
+
+class EpochTable(L.Callback):
+    """Writes `metrics.csv`, one row for each finished epoch; a resumed run continues the table."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[dict[str, str]] = []
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the rows of the epochs that the checkpoint has seen."""
+        if self.path.is_file():
+            with self.path.open(newline="") as handle:
+                self._rows = [row for row in csv.DictReader(handle) if int(row["epoch"]) < trainer.current_epoch]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the epoch's clock."""
+        self._started = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Add this epoch's row."""
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        row: dict[str, str] = {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step)}
+        row |= {key: f"{float(value):.6g}" for key, value in trainer.callback_metrics.items() if key in COLUMNS}
+        row["seconds"] = f"{time.monotonic() - self._started:.2f}"
+        self._rows.append(row)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text_atomic(self.path, text.getvalue())
+
+
+class TrainingProgress(ProgressBar):
+    """One bar over the whole training with the time left; without a terminal, one line for each epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._enabled = True
+        self._started = 0.0
+
+    def disable(self) -> None:
+        """Called by Lightning on every rank but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show the bar again."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar at the step that training starts from."""
+        self._started = time.monotonic()
+        if not self._enabled or not sys.stderr.isatty():
+            return
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[scores]}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar.start()
+        per_epoch = int(trainer.num_training_batches)
+        total = per_epoch * (trainer.max_epochs or 1)
+        if trainer.max_steps > 0:
+            total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
+        done = per_epoch * trainer.current_epoch
+        self._task = self._bar.add_task("training", total=total, completed=done, scores="")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance by one batch."""
+        if self._bar is not None and self._task is not None:
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self._bar.update(self._task, advance=1, description=epoch)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show the epoch's loss and scores."""
+        scores = "  ".join(
+            f"{name.replace('train/', '')} {float(trainer.callback_metrics[name]):.3f}"
+            for name in ("train/loss", "val/dice")
+            if name in trainer.callback_metrics
+        )
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, scores=scores)
+        elif self._enabled:
+            done, total = trainer.current_epoch + 1, trainer.max_epochs or 1
+            elapsed = time.monotonic() - self._started
+            print(f"epoch {done}/{total}  {scores}  {elapsed:.0f} s", file=sys.stderr, flush=True)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar, so that the message that follows stands on a line of its own."""
+        self._close()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Close the bar whatever ended the run."""
+        self._close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """What the module prints, above the bar."""
+        text = " ".join(str(arg) for arg in args)
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,286 @@
+"""`visattn fit | validate | test`: from a recipe to a run folder.
+
+LightningCLI validates the recipe against the typed signatures of task, data module and Trainer. Before it sees the
+recipe, `visattn.recipe` has refused every class that is not in a table; the import policy set here is the second lock,
+and it also covers values that jsonargparse would import (callables, class paths on the command line).
+"""
+
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from visattn import recipe as recipes
+from visattn.callbacks import EpochTable, RandomState, TrainingProgress
+from visattn.checkpoint_io import AtomicCheckpointIO
+from visattn.errors import UserError
+from visattn.files import write_text_atomic
+from visattn.results import write_results
+from visattn.runs import ROOT, find_checkpoint, named_run, new_run
+from visattn.task import SegmentationTask
+
+MONITOR = "val/dice"
+
+
+class RecipeCLI(LightningCLI):
+    """LightningCLI as a parser alone: it validates and builds, and leaves the Trainer to `run_stage`."""
+
+    def __init__(self, tree: dict[str, Any]) -> None:
+        allowed = [*recipes.TASKS.values(), *recipes.DATA.values(), *recipes.CALLBACKS.values()]
+        # LightningCLI switches reading over fsspec on, which would fetch URLs; subclass specs inside values of type
+        # Any would be instantiated. Both off: a recipe is data.
+        set_parsing_settings(
+            import_path_denylist=["*"],
+            import_path_allowlist=[*allowed, *(_home(path) for path in allowed)],
+            config_read_mode_fsspec_enabled=False,
+            config_read_mode_urls_enabled=False,
+            validate_subclass_spec_in_any=False,
+            instantiate_subclass_spec_in_any=False,
+        )
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False},
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=tree,
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def instantiate_classes(self) -> None:
+        """Nothing yet: building waits until the recipe is known to be right as a whole."""
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The complete recipe with every default, as plain values."""
+        text = cast(ArgumentParser, self.parser).dump(self.config, skip_none=False)
+        return cast(dict[str, Any], yaml.safe_load(text))
+
+    def build(self) -> tuple[SegmentationTask, Any]:
+        """The task and the data module."""
+        section = Namespace(model=self.config.model, data=self.config.data)
+        built = self.parser.instantiate_classes(section)
+        return built.model, built.data
+
+    def build_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The Trainer of the recipe; `kwargs` win, and their callbacks are added to the recipe's."""
+        own = self.parser.instantiate_classes(Namespace(trainer=self.config.trainer)).trainer.as_dict()
+        given = own["callbacks"] or []
+        callbacks = [*(given if isinstance(given, list) else [given]), *kwargs.pop("callbacks", [])]
+        return L.Trainer(**{**own, **kwargs, "callbacks": callbacks})
+
+
+def _home(path: str) -> str:
+    """The path under which Python itself knows a re-exported class."""
+    from importlib import import_module
+
+    module, _, name = path.rpartition(".")
+    cls = getattr(import_module(module), name)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def parse(tree: dict[str, Any]) -> RecipeCLI:
+    """Validate a checked recipe tree against the signatures.
+
+    Raises:
+        UserError: a key is unknown or a value has the wrong type; jsonargparse's own text is cut to what matters.
+    """
+    from importlib import import_module
+    from inspect import signature
+
+    for section in ("model", "data"):
+        module, _, name = tree[section]["class_path"].rpartition(".")
+        cls = getattr(import_module(module), name)
+        valid = [key for key in signature(cls.__init__).parameters if key != "self"]
+        recipes.check_keys(section, tree[section]["init_args"], valid)
+        missing = [
+            key
+            for key, parameter in signature(cls.__init__).parameters.items()
+            if key != "self" and parameter.default is parameter.empty and key not in tree[section]["init_args"]
+        ]
+        if missing:
+            raise UserError(f"{section}: the key '{missing[0]}' is missing from init_args of {name}")
+    trainer_keys = [key for key in signature(L.Trainer.__init__).parameters if key != "self"]
+    recipes.check_keys("trainer", tree.get("trainer") or {}, trainer_keys)
+    try:
+        with warnings.catch_warnings():
+            # Raised because the process has a command line; we pass the merged recipe on purpose.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            return RecipeCLI(tree)
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, all with long texts
+        raise UserError(_shorten(str(error))) from error
+
+
+def _shorten(message: str) -> str:
+    """The deepest key and expectation out of jsonargparse's nested message."""
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    section = re.search(r"class_path '[\w.]*\.?(\w+)'", message)
+    where = ".".join(dict.fromkeys(key for key in [keys[0] if keys else "", keys[-1] if len(keys) > 1 else ""] if key))
+    expected = re.findall(r"(Expected an? .*|Importing .*? is not allowed|Option .* is not accepted)", message)
+    given = re.findall(r"(?:Got value|Given value): (.*)", message)
+    text = expected[0] if expected else message.strip().splitlines()[0]
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
+    kinds = sorted({kind for item in expected for kind in re.findall(r"Expected an? <class '([\w.]+)'>", item)})
+    if len(kinds) > 1:
+        text = f"expected one of: {', '.join(kinds)}"
+        text += f". Got: {given[0]}" if given else ""
+    inside = f" (of {section.group(1)})" if section else ""
+    return f"{where or 'recipe'}{inside}: {text}"[:600]
+
+
+def run_stage(
+    stage: str,
+    name: str,
+    tree: dict[str, Any],
+    ckpt_path: str | None = None,
+    run: str | None = None,
+    print_config: bool = False,
+) -> int:
+    """Train, validate or test as the recipe says.
+
+    Args:
+        stage: `fit`, `validate` or `test`.
+        name: Name of the recipe; its runs are kept together under it.
+        tree: The recipe, as `visattn.recipe.resolve` returns it.
+        ckpt_path: `last`, `best` or a file. For `fit`: continue this training in its own folder.
+        run: The run folder, instead of a new one (`fit`) or the newest one (with `ckpt_path`).
+        print_config: Print the complete recipe and stop.
+
+    Returns:
+        The exit code, 0.
+    """
+    with _quiet():
+        cli = parse(tree)
+        if print_config:
+            print(yaml.safe_dump(cli.resolved, sort_keys=False), end="")
+            return 0
+        root = Path(cli.config.trainer.default_root_dir or ROOT)
+        folder = Path(run) if run else None
+        if stage == "fit":
+            return fit(cli, name, root, folder, ckpt_path)
+        return evaluate(cli, stage, name, root, folder, ckpt_path or "best")
+
+
+def _prepare(cli: RecipeCLI) -> tuple[SegmentationTask, Any]:
+    task, data = cli.build()
+    data.seed = int(cli.config.seed_everything)
+    task.recipe = cli.resolved
+    return task, data
+
+
+def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str | None) -> int:
+    """Train; then score the best checkpoint on the validation cases and write the report."""
+    checkpoint = None
+    if ckpt_path is not None:
+        checkpoint, own = find_checkpoint(ckpt_path, root, name, run)
+        if own is None:
+            raise UserError(f"--ckpt_path {ckpt_path}: lies in no run folder; to start from its weights, set init_from")
+        run = own
+    task, data = _prepare(cli)
+    data.setup("fit")  # finds what is wrong with the data before a folder is made or a network built
+    if not data.cases["val"]:
+        raise UserError("data.split: there are no validation cases, and best.ckpt is chosen on them; set split.val")
+    if checkpoint is None:
+        run = named_run(run) if run is not None else new_run(root, name)
+    assert run is not None
+    write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
+    data.write_splits(run / "splits.json")
+
+    keep = ModelCheckpoint(
+        dirpath=run / "checkpoints",
+        filename="best",
+        monitor=MONITOR,
+        mode="max",
+        save_last=True,
+        enable_version_counter=False,
+    )
+    trainer = cli.build_trainer(
+        default_root_dir=str(run),
+        logger=TensorBoardLogger(run, name="tensorboard", version=""),
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,  # the data module's sampler shards by rank itself
+        enable_model_summary=False,
+        callbacks=[
+            keep,
+            RandomState(int(cli.config.seed_everything)),
+            EpochTable(run / "metrics.csv"),
+            TrainingProgress(),
+        ],
+    )
+    if trainer.is_global_zero:
+        counts = ", ".join(f"{len(cases)} {split}" for split, cases in data.cases.items() if cases)
+        print(f"run: {run}\ndata: {data.description}: {counts}", file=sys.stderr)
+    started = time.monotonic()
+    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.interrupted:
+        raise UserError(f"interrupted. Continue with: --ckpt_path last --run {run}")
+    seconds = time.monotonic() - started
+    best = Path(keep.best_model_path)
+    task.suite = "full"
+    trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        write_results(run, task, data, split="val", checkpoint=best, seconds=seconds)
+        print(f"best checkpoint: {best}\nreport: {run / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None, ckpt_path: str) -> int:
+    """Score a checkpoint on the validation or test cases; results go to `RUN/<stage>/`."""
+    checkpoint, own = find_checkpoint(ckpt_path, root, name, run)
+    task, data = _prepare(cli)
+    data.setup(stage)
+    split = "val" if stage == "validate" else "test"
+    if not data.cases[split]:
+        key = "data.split.val" if split == "val" else "data.test_root or data.split.test"
+        raise UserError(f"{stage}: the recipe names no {split} cases; set {key}")
+    output = (own if own is not None else new_run(root, name)) / stage
+    task.suite = "full"
+    trainer = cli.build_trainer(
+        logger=False, enable_checkpointing=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
+        callbacks=[TrainingProgress()],
+    )  # fmt: skip
+    started = time.monotonic()
+    loop = trainer.validate if stage == "validate" else trainer.test
+    loop(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=time.monotonic() - started)
+        print(f"results: {output}", file=sys.stderr)
+    return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what Lightning says to developers; warnings about the user's data and settings stay."""
+    import logging
+
+    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    os.environ.setdefault("PL_DISABLE_TIPS", "1")
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*The number of training batches.*is smaller than the logging interval.*",
+            ".*Checkpoint directory .* exists and is not empty.*",
+            ".*isinstance.treespec, LeafSpec.*",
+            ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield

@@ -1,0 +1,148 @@
+"""Optimisers and learning-rate schedules by name, for the `optimizer` and `schedule` blocks of a recipe."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from visattn.errors import UserError, unknown
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+}
+
+
+def _keywords(function: Callable[..., Any], block: Mapping[str, Any], where: str, skip: Iterable[str]) -> dict[str, Any]:
+    """`block` without its name, refused when it holds a key that `function` does not take."""
+    valid = [name for name in inspect.signature(function).parameters if name not in {"self", *skip}]
+    keywords = {key: value for key, value in block.items() if key != "name"}
+    for key in keywords:
+        if key not in valid:
+            raise unknown(f"key in {where}:", key, ["name", *valid])
+    return keywords
+
+
+def parameter_groups(
+    network: nn.Module, lr: float, weight_decay: float, backbone_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameters grouped by learning rate and decay.
+
+    Vectors and scalars (biases, norm scales) are not decayed, nor is what a network names in `no_weight_decay()`.
+    Parameters under `backbone.` get `lr * backbone_lr_factor`. Frozen parameters are left out.
+    """
+    skip = getattr(network, "no_weight_decay", set)()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            rate = lr * (backbone_lr_factor if name.startswith("backbone.") else 1.0)
+            decay = 0.0 if parameter.ndim <= 1 or name in skip else weight_decay
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def check_optimizer(config: Mapping[str, Any]) -> None:
+    """Refuse an unknown optimiser or key before any work is done."""
+    name = config.get("name", "adamw")
+    if name not in OPTIMIZERS:
+        raise unknown("optimizer", str(name), OPTIMIZERS)
+    keywords = _keywords(OPTIMIZERS[name].__init__, config, "model.optimizer", skip=("params", "defaults"))
+    for key in ("lr", "weight_decay"):
+        if key in keywords and (isinstance(keywords[key], bool) or not isinstance(keywords[key], int | float)):
+            raise UserError(f"model.optimizer.{key}: must be a number, got '{keywords[key]}'")
+
+
+def build_optimizer(config: Mapping[str, Any], network: nn.Module, backbone_lr_factor: float = 1.0) -> Optimizer:
+    """The optimiser that a recipe's block names, e.g. `{name: adamw, lr: 5e-4, weight_decay: 0.01}`."""
+    check_optimizer(config)
+    keywords = {key: value for key, value in config.items() if key != "name"}
+    lr = keywords.pop("lr", 1e-3)
+    groups = parameter_groups(network, lr, keywords.pop("weight_decay", 0.0), backbone_lr_factor)
+    if not groups:
+        raise UserError("model.freeze: every parameter is frozen, nothing is left to train")
+    if "betas" in keywords:
+        keywords["betas"] = tuple(keywords["betas"])
+    return OPTIMIZERS[config.get("name", "adamw")](groups, lr=lr, **keywords)
+
+
+def cosine(progress: float, floor: float = 0.0) -> float:
+    """Half a cosine from 1 to `floor` (a share of the learning rate)."""
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def poly(progress: float, power: float = 0.9) -> float:
+    """(1 - progress) ** power."""
+    return (1 - progress) ** power
+
+
+def constant(progress: float) -> float:
+    """1 throughout."""
+    return 1.0
+
+
+def step(progress: float, milestones: tuple[float, ...] = (0.6, 0.85), gamma: float = 0.1) -> float:
+    """`gamma` to the number of `milestones` (shares of the run) passed."""
+    return float(gamma ** sum(progress >= milestone for milestone in milestones))
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "poly": poly, "constant": constant, "step": step}
+
+
+def check_schedule(config: Mapping[str, Any]) -> None:
+    """Refuse an unknown schedule or key before any work is done."""
+    name = config.get("name", "constant")
+    if name not in SCHEDULES:
+        raise unknown("schedule", str(name), SCHEDULES)
+    rest = {key: value for key, value in config.items() if key != "warmup_epochs"}
+    try:
+        _keywords(SCHEDULES[name], rest, "model.schedule", skip=("progress",))
+    except UserError as error:
+        raise UserError(f"{error}, warmup_epochs") from None
+    warmup = config.get("warmup_epochs", 0)
+    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or warmup < 0:
+        raise UserError(f"model.schedule.warmup_epochs: must be a number of epochs >= 0, got '{warmup}'")
+
+
+def build_schedule(
+    config: Mapping[str, Any] | None, optimizer: Optimizer, total_steps: int, steps_per_epoch: float
+) -> LambdaLR:
+    """A per-step schedule: linear warm-up over `warmup_epochs`, then the named curve over the remaining steps."""
+    config = dict(config or {"name": "constant"})
+    check_schedule(config)
+    curve = SCHEDULES[config.pop("name", "constant")]
+    warmup = round(config.pop("warmup_epochs", 0) * steps_per_epoch)
+    if warmup >= total_steps > 0:
+        warmup = max(total_steps // 2, 0)  # a short run (fast_dev_run, a demo) still reaches its full rate
+
+    def factor(done: int) -> float:
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        return curve(min((done - warmup) / max(total_steps - warmup, 1), 1.0), **config)
+
+    return LambdaLR(optimizer, factor)
+
+
+def freeze(network: nn.Module, patterns: Iterable[str]) -> list[str]:
+    """Switch off the gradient of every parameter whose name matches one of `patterns` (shell wildcards).
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    frozen = []
+    for pattern in patterns:
+        names = [name for name, _ in network.named_parameters() if fnmatch(name, pattern)]
+        if not names:
+            first = ", ".join(sorted({name.split(".")[0] + ".*" for name, _ in network.named_parameters()}))
+            raise UserError(f"model.freeze: '{pattern}' matches no parameter. Top level: {first}")
+        frozen += names
+    for name, parameter in network.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+    return sorted(set(frozen))

@@ -1,0 +1,72 @@
+"""Run folders: `ROOT/<recipe>/<time>/`, one for each training, found again by recipe name."""
+
+import time
+from pathlib import Path
+
+from visattn.errors import UserError
+
+ROOT = Path("runs")
+LAST = Path("checkpoints/last.ckpt")
+
+
+def new_run(root: Path, recipe: str) -> Path:
+    """Create a folder for a new run; two runs started in the same second get different ones."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for attempt in range(1000):
+        folder = root / recipe / (stamp if attempt == 0 else f"{stamp}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be created: {error.strerror}; set trainer.default_root_dir") from None
+        return folder
+    raise UserError(f"{root / recipe}: no free name for a new run")
+
+
+def named_run(folder: Path) -> Path:
+    """Use `folder` for a new run; it must not hold one already."""
+    if (folder / LAST).exists() or (folder / "config.yaml").exists():
+        raise UserError(f"--run {folder}: holds a run already. Add --ckpt_path last to continue it, or name another")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--run {folder}: cannot be created: {error.strerror}") from None
+    return folder
+
+
+def newest_run(root: Path, recipe: str) -> Path:
+    """The newest run of `recipe` that saved a checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    runs = sorted(path.parent.parent for path in (root / recipe).glob(f"*/{LAST}"))
+    if not runs:
+        raise UserError(
+            f"--ckpt_path: no run of '{recipe}' with a checkpoint under {root / recipe}.\n"
+            "Start one without --ckpt_path, or name its folder with --run DIR."
+        )
+    return max(runs, key=lambda run: (run / LAST).stat().st_mtime)
+
+
+def find_checkpoint(ckpt_path: str, root: Path, recipe: str, run: Path | None) -> tuple[Path, Path | None]:
+    """The checkpoint that `--ckpt_path` means, and the run folder that it lies in (None when in no run).
+
+    Args:
+        ckpt_path: `last`, `best`, or a file.
+        root: Folder of all runs.
+        recipe: Name of the recipe, to find its newest run.
+        run: The run folder, when `--run` names one.
+    """
+    if ckpt_path in {"last", "best"}:
+        folder = run if run is not None else newest_run(root, recipe)
+        path = folder / "checkpoints" / f"{ckpt_path}.ckpt"
+        if not path.is_file():
+            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint: {path}")
+        return path, folder
+    path = Path(ckpt_path)
+    if not path.is_file():
+        raise UserError(f"--ckpt_path {ckpt_path}: no such file; give last, best or the path of a .ckpt")
+    inside = path.parent.name == "checkpoints" and (path.parent.parent / "config.yaml").is_file()
+    return path, path.parent.parent if inside else None

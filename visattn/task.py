@@ -1,0 +1,213 @@
+"""The Lightning module that trains, validates and tests a segmentation network."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+
+from visattn.checkpoint import KEY, checkpoint_metadata, read_checkpoint
+from visattn.errors import UserError
+from visattn.inference import predict_probabilities
+from visattn.labels import Labels
+from visattn.losses import build_loss
+from visattn.metrics import SegmentationMetrics
+from visattn.networks import check_network, create_model
+from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze
+
+THRESHOLD = 0.5  # of the sigmoid, for binary labels and for regions
+
+
+class SegmentationTask(L.LightningModule):
+    """Trains a segmentation network and scores it at each image's own size.
+
+    The network gets its input channels and classes from the data module's labels, so one recipe block serves any label
+    map. Validation computes Dice and IoU on exactly what `visattn predict` would write; `suite` widens that to every
+    metric (used by `validate`, `test` and at the end of `fit`).
+
+    Args:
+        network: Arguments of `visattn.create_model`: `name`, then e.g. `backbone` and `pretrained` (true, false, or the
+            path of a weights file).
+        loss: `name` and its options, e.g. `{name: structure, pixel_weighted_bce: true}`.
+        optimizer: `name` (adamw, adam, sgd), `lr`, `weight_decay` and the optimiser's own arguments.
+        schedule: `name` (cosine, poly, step, constant), `warmup_epochs` and the curve's own arguments; null is constant.
+        init_from: A visattn checkpoint whose weights the network starts from. Entries with another name or shape
+            (another head, other input channels) are reported and left as initialised.
+        freeze: Shell patterns of parameter names that do not train, e.g. `["backbone.*"]`.
+        backbone_lr_factor: Learning rate of parameters under `backbone.` as a share of `lr`.
+    """
+
+    def __init__(
+        self,
+        network: dict[str, Any],
+        loss: dict[str, Any],
+        optimizer: dict[str, Any],
+        schedule: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        freeze: list[str] | None = None,
+        backbone_lr_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        check_network(network)
+        check_optimizer(optimizer)
+        check_schedule(schedule or {"name": "constant"})
+        if init_from is not None and not Path(init_from).is_file():
+            raise UserError(f"model.init_from: no such file: {init_from}")
+        self.config = {
+            "network": dict(network),
+            "loss": dict(loss),
+            "optimizer": dict(optimizer),
+            "schedule": dict(schedule) if schedule else None,
+        }
+        self.init_from = init_from
+        self.freeze_patterns = list(freeze or [])
+        self.backbone_lr_factor = backbone_lr_factor
+        self.recipe: dict[str, Any] = {}  # the resolved recipe, set by fit; rides in the checkpoint
+        self.suite = "headline"
+        self.network: nn.Module | None = None
+        self.validation_metrics: SegmentationMetrics | None = None
+
+    @property
+    def labels(self) -> Labels:
+        """The label map of the data module."""
+        return cast(Labels, self._data.labels)
+
+    @property
+    def _data(self) -> Any:
+        return self.trainer.datamodule  # type: ignore[attr-defined]
+
+    def network_arguments(self) -> dict[str, Any]:
+        """Arguments of `create_model` that rebuild the network without downloading anything."""
+        arguments = {**self.config["network"], "pretrained": False}
+        return {**arguments, "in_channels": self._data.preprocessing.channels, "classes": self.labels.channels}
+
+    def configure_model(self) -> None:
+        """Build the network and the loss from the recipe and the data module's labels (once)."""
+        if self.network is not None:
+            return
+        self.loss = build_loss(self.config["loss"], self.labels)
+        pretrained = self.config["network"].get("pretrained", False) if self.init_from is None else False
+        self.network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
+        if self.init_from is not None:
+            self.print(initialise_from(self.network, self.init_from))
+        frozen = freeze(self.network, self.freeze_patterns)
+        if frozen:
+            self.print(f"frozen: {len(frozen)} parameter tensors")
+        self.validation_metrics = SegmentationMetrics(self.labels)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The recipe's optimiser with its schedule, advanced every optimiser step."""
+        assert self.network is not None
+        optimizer = build_optimizer(self.config["optimizer"], self.network, self.backbone_lr_factor)
+        total = int(self.trainer.estimated_stepping_batches)
+        per_epoch = total / max(self.trainer.max_epochs or 1, 1)
+        schedule = build_schedule(self.config["schedule"], optimizer, total, per_epoch)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def forward(self, images: Tensor) -> Any:
+        """Logits of the network: `(B, C, H, W)` to `(B, classes, H, W)`, or a tuple of maps, prediction first."""
+        assert self.network is not None
+        return self.network(images)
+
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+        """Mean loss of one batch; a non-finite loss stops the run naming step and files."""
+        loss = cast(Tensor, self.loss(self(batch["image"]), batch["target"]))
+        if not torch.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss.item()} at epoch {self.current_epoch}, step {self.global_step}.\n"
+                f"Cases of the batch: {', '.join(batch['case'][:4])}{', ...' if len(batch['case']) > 4 else ''}\n"
+                "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true."
+            )
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["case"]), sync_dist=True)
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Log the learning rate that the epoch starts with."""
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+
+    def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """Loss at the network's size, metrics at each image's own size."""
+        loss = self._evaluate(batch)
+        self.log("val/loss", loss, batch_size=len(batch["case"]), sync_dist=True)
+
+    def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
+        """As validation, for the test cases."""
+        self._evaluate(batch)
+
+    def _evaluate(self, batch: dict[str, Any]) -> Tensor:
+        assert self.validation_metrics is not None
+        outputs = self(batch["image"])
+        size = batch["image"].shape[-2:]
+        targets = torch.cat([resize_indices(target, size) for target in batch["target"]]).to(self.device)
+        loss = cast(Tensor, self.loss(outputs, targets))
+        natives = [target.cpu().numpy() for target in batch["target"]]
+        probabilities = predict_probabilities(
+            lambda _: outputs, batch["image"], [target.shape for target in natives], self.labels.activation
+        )
+        for case, group, truth, probability in zip(
+            batch["case"], batch["group"], natives, probabilities, strict=True
+        ):
+            predicted = self.labels.from_probabilities(probability, THRESHOLD)
+            self.validation_metrics.update(case, predicted, truth, probability, suite=self.suite, group=group)
+        return loss.detach()
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the cases of the epoch before."""
+        assert self.validation_metrics is not None
+        self.validation_metrics.reset()
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over cases; `val/dice` is what `best.ckpt` is chosen by."""
+        assert self.validation_metrics is not None
+        means = self.validation_metrics.compute()
+        for name in ("dice", "iou"):
+            self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=False)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Everything that `predict` needs rides in the checkpoint, as plain values."""
+        checkpoint[KEY] = checkpoint_metadata(
+            recipe=copy.deepcopy(self.recipe),
+            labels=self.labels.to_config(),
+            preprocessing=self._data.preprocessing.to_config(),
+            network=self.network_arguments(),
+            data={"description": self._data.description, "fingerprint": self._data.fingerprint},
+            threshold=THRESHOLD,
+        )
+
+
+def resize_indices(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Class indices `(H, W)` to `(1, h, w)` by the nearest pixel, so that no class is invented between two others."""
+    return F.interpolate(target[None, None].float(), size=tuple(size), mode="nearest-exact")[0].to(torch.uint8)
+
+
+def initialise_from(network: nn.Module, path: str) -> str:
+    """Copy the weights of the visattn checkpoint at `path` into `network` where name and shape agree.
+
+    Returns:
+        What was loaded, skipped and left as initialised, for the user to read.
+
+    Raises:
+        UserError: nothing fits.
+    """
+    given: Mapping[str, Tensor] = read_checkpoint(path).state_dict
+    own = network.state_dict()
+    loaded = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+    if not any(key for key in loaded if own[key].ndim > 1):
+        raise UserError(f"model.init_from: no weight of {path} fits this network; is it another architecture?")
+    network.load_state_dict({**own, **loaded})
+    fresh = [key for key in own if key not in loaded]
+    skipped = [key for key in given if key not in loaded]
+    lines = [f"init_from {path}: loaded {len(loaded)} of {len(own)} entries"]
+    for title, keys in (("re-initialised", fresh), ("skipped", skipped)):
+        if keys:
+            lines.append(f"  {title} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}")
+    return "\n".join(lines)
+
+
