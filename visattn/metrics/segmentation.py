@@ -1,0 +1,169 @@
+"""The scores of a data set as a torchmetrics metric: one case at a time, on any number of processes."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from visattn.labels import Labels
+from visattn.metrics.cases import METRICS, NSD_TOLERANCE, SUITES, CaseRow, Suite, score_case
+from visattn.metrics.intervals import mean_of_means
+
+
+class SegmentationMetrics(Metric):
+    """Collects the scores of cases and averages them.
+
+    Every case's own values travel between processes, not sums, so that a case which a distributed sampler repeated to
+    fill its last batch counts once: cases are told apart by name and group together. All processes get the same result.
+
+    The states are flat integer tensors, which every backend can gather at any length: names as UTF-8 bytes, numbers as
+    the bits of float64, since not every device has that type.
+
+    Args:
+        labels: The label map; one set of scores for each of `labels.foreground`.
+        suite: "headline", "surface" or "full"; see `visattn.metrics.case_metrics`.
+        nsd_tolerance: Tolerance of the surface Dice in pixels.
+        **kwargs: Of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: A class is called "mean", which is the key of the means over classes.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    names: list[Tensor]
+    records: list[Tensor]
+
+    def __init__(
+        self, labels: Labels, suite: Suite = "headline", nsd_tolerance: float = NSD_TOLERANCE, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        if "mean" in labels.foreground:
+            raise ValueError("a class cannot be called 'mean': that is the name of the mean over classes")
+        self.labels, self.suite, self.nsd_tolerance = labels, suite, nsd_tolerance
+        self.add_state("names", [], dist_reduce_fx="cat")
+        self.add_state("records", [], dist_reduce_fx="cat")
+        self._add_empty()
+
+    def update(
+        self,
+        case: str,
+        prediction: NDArray[np.integer[Any]],
+        truth: NDArray[np.integer[Any]],
+        probabilities: NDArray[np.floating[Any]] | None = None,
+        *,
+        group: str = "",
+        suite: Suite | None = None,
+    ) -> None:
+        """Score one case and add it.
+
+        Args:
+            case: Its name, unique in the data set together with `group`; a second case of that name is not counted.
+            prediction: Class indices (H, W).
+            truth: Class indices (H, W), `IGNORE` where a pixel counts for nothing.
+            probabilities: (channels, H, W) in 0..1; default: the prediction as 0 and 1.
+            group: What the case belongs to (patient, video).
+            suite: Of this and the other cases until `reset`; default: the one of the constructor.
+
+        Raises:
+            ValueError: Shapes do not fit, or a probability is not finite.
+        """
+        suite = suite or self.suite
+        rows, curves = score_case(
+            prediction, truth, self.labels, probabilities, suite, nsd_tolerance=self.nsd_tolerance
+        )
+        values = np.full((len(rows), len(METRICS)), math.nan)
+        for index, row in enumerate(rows):
+            for column, name in enumerate(METRICS):
+                value = row.get(name)
+                values[index, column] = math.nan if value is None else value
+        bits = curves.astype(np.float32).view(np.int64)
+        record = np.concatenate([[list(SUITES).index(suite)], values.view(np.int64).ravel(), bits.ravel()])
+        text = f"{case}\0{group}\0".encode()
+        self.names.append(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device))
+        self.records.append(torch.from_numpy(record).to(self.device))
+
+    def compute(self) -> dict[str, float]:
+        """Means over all cases of all processes, each over the cases where the measure is defined.
+
+        Returns:
+            `<class>/<measure>`, and `mean/<measure>`, the mean over classes; NaN where no case defines it.
+            `<class>/undefined`: cases without the class in truth and prediction, which have no Dice.
+            `<class>/e_max_curve` (suite "full"): maximum of the mean curve, as published tables have it, where
+            `e_max` is the mean of each case's own maximum. `cases`: their number.
+        """
+        names, values, curves, suite = self._gathered()
+        result: dict[str, float] = {"cases": len(names)}
+        classes = self.labels.foreground
+        for column, metric in enumerate(METRICS):
+            if metric not in SUITES[suite]:
+                continue
+            for index, name in enumerate(classes):
+                result[f"{name}/{metric}"] = mean_of_means(values[:, [index], column])
+            result[f"mean/{metric}"] = mean_of_means(values[:, :, column])
+        undefined = np.isnan(values[:, :, list(METRICS).index("dice")]).sum(axis=0)
+        result |= {f"{name}/undefined": int(undefined[index]) for index, name in enumerate(classes)}
+        if suite == "full":
+            # What published tables call max E: the best threshold for the whole set, not for each image.
+            best = [_peak(curves[:, index]) for index in range(len(classes))]
+            result |= {f"{name}/e_max_curve": best[index] for index, name in enumerate(classes)}
+            result["mean/e_max_curve"] = mean_of_means(np.array([best]))
+        return result
+
+    def rows(self) -> list[dict[str, str | float | None]]:
+        """The table of cases of all processes, each of which has to call this: `case`, `group`, `class`, measures.
+
+        Cases come in the order of their names, whatever the number of processes; `summarise` takes them as they are.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
+            names, values, _, suite = self._gathered()
+        table: list[dict[str, str | float | None]] = []
+        for (case, group), of_case in zip(names, values, strict=True):
+            for name, of_class in zip(self.labels.foreground, of_case, strict=True):
+                measured: CaseRow = {
+                    metric: None if math.isnan(value) else float(value)
+                    for metric, value in zip(METRICS, of_class, strict=True)
+                    if metric in SUITES[suite]
+                }
+                table.append({"case": case, "group": group, "class": name, **measured})
+        return table
+
+    def reset(self) -> None:
+        """Forget all cases."""
+        super().reset()
+        self._add_empty()
+
+    def _add_empty(self) -> None:
+        # torchmetrics gathers a float tensor from a process that saw no case, which the others' integers cannot join.
+        self.names.append(torch.empty(0, dtype=torch.uint8, device=self.device))
+        self.records.append(torch.empty(0, dtype=torch.int64, device=self.device))
+
+    def _gathered(self) -> tuple[list[tuple[str, str]], NDArray[np.float64], NDArray[np.float64], Suite]:
+        """Name and group, values (cases, classes, measures), curves (cases, classes, 256); by name, each case once."""
+        texts = bytes(dim_zero_cat(self.names).cpu().numpy()).decode().split("\0")[:-1]
+        keys = list(zip(texts[::2], texts[1::2], strict=True))
+        classes = len(self.labels.foreground)
+        width = classes * len(METRICS)
+        records = dim_zero_cat(self.records).cpu().numpy().reshape(len(keys), 1 + width + classes * 128)
+        if len(set(records[:, 0].tolist())) > 1:
+            raise ValueError("cases of different suites were added; call reset() between them")
+        once = {key: index for index, key in reversed(list(enumerate(keys)))}
+        chosen = [once[key] for key in sorted(once)]
+        records = np.ascontiguousarray(records[chosen])
+        suite = list(SUITES)[records[0, 0]] if len(records) else self.suite
+        values = np.ascontiguousarray(records[:, 1 : 1 + width]).view(np.float64)
+        curves = np.ascontiguousarray(records[:, 1 + width :]).view(np.float32).astype(np.float64)
+        shape = (len(chosen), classes)
+        return sorted(once), values.reshape(*shape, len(METRICS)), curves.reshape(*shape, 256), suite
+
+
+def _peak(curves: NDArray[np.float64]) -> float:
+    """The maximum over thresholds of the mean of curves (cases, 256), at most 1; NaN if no case has one."""
+    defined = curves[~np.isnan(curves[:, 0])]
+    return min(1.0, float(defined.mean(axis=0).max())) if len(defined) else math.nan
