@@ -1,0 +1,7 @@
+"""Data modules and what they are made of.
+
+The table holds import paths, so that listing the data modules imports none of them.
+"""
+
+DATA = {"ImageMaskFolder": "visattn.data.image_mask_folder.ImageMaskFolder"}
+"""Data modules that a recipe may name, and where they live."""

@@ -1,0 +1,272 @@
+"""Finding the cases of a data set on disk, and checking every one of them before training starts."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visattn.data.images import SUFFIXES, read_image, read_mask, resize_image, resize_mask
+from visattn.data.phantom import phantom_images
+from visattn.errors import UserError, nearest
+from visattn.labels import IGNORE, Labels
+
+PHANTOM = "phantom"
+PHANTOM_COUNT = 200
+PHANTOM_SEED = 20240
+"""Independent of the recipe's seed, so that every run trains on the same embedded set."""
+
+LAYOUTS = (("images", "masks"), ("image", "mask"), ("Original", "Ground Truth"))
+"""Folder names of images and masks: Kvasir-SEG and PraNet's test sets, PraNet's training set, CVC-ClinicDB."""
+
+Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+"""An image (H, W, C) and its class indices (H, W)."""
+
+_MASK_ENDINGS = ("_segmentation", "_mask")  # ISIC, and a common habit
+_SHOWN_PROBLEMS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image and its mask.
+
+    Args:
+        name: Unique name; the file's stem, led by its folder's name where there are several roots.
+        image: The image file; for the phantom a path that does not exist.
+        mask: The mask file.
+        group: What must not be parted by a split, a patient or a video; the name itself where nothing was said.
+        root: The root as the user wrote it.
+    """
+
+    name: str
+    image: Path
+    mask: Path
+    group: str
+    root: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was learned about a case by reading it once.
+
+    Args:
+        digest: SHA-256 of the bytes of both files.
+        foreground: Whether the mask holds any class but the background.
+        kept: Image (h, w, C) and class indices (h, w) at the training size, or None where they are not kept.
+    """
+
+    digest: str
+    foreground: bool
+    kept: Pair | None
+
+
+class CaseReader:
+    """Reads a case at its native size: image (H, W, C) and class indices (H, W).
+
+    Args:
+        labels: The meaning of the values in the masks.
+        channels: 1 or 3 channels of the image.
+    """
+
+    def __init__(self, labels: Labels, channels: Literal[1, 3]) -> None:
+        self.labels = labels
+        self.channels = channels
+        self._phantom: dict[str, Pair] = {}
+
+    def __call__(self, case: Case) -> Pair:
+        """Read `case`.
+
+        Raises:
+            UserError: A file cannot be read, the mask has another size, or it holds values that no label names.
+        """
+        if case.root == PHANTOM:
+            image, grey = self._phantom_case(case.name)
+            return image, self.labels.encode(grey, f"{case.name} of the phantom")
+        image, values = read_image(case.image, self.channels), read_mask(case.mask)
+        if image.shape[:2] != values.shape:
+            turned = " (one of the two carries an EXIF orientation)" if image.shape[:2] == values.shape[::-1] else ""
+            raise UserError(
+                f"{case.mask}: the mask is {values.shape[1]} x {values.shape[0]} pixels, "
+                f"its image {case.image.name} {image.shape[1]} x {image.shape[0]}{turned}"
+            )
+        return image, self.labels.encode(values, str(case.mask))
+
+    def _phantom_case(self, name: str) -> Pair:
+        if not self._phantom:
+            for image, mask, key in phantom_images(PHANTOM_COUNT, PHANTOM_SEED):
+                if self.channels == 1:
+                    image = np.round(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
+                self._phantom[key] = (image, mask)
+        return self._phantom[name]
+
+
+def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
+    """List the cases below `roots`, sorted by name; groups are not known yet.
+
+    Args:
+        roots: Folders, or the word phantom.
+        sets: Whether a root may hold several sets, as PraNet's TestDataset does; each set becomes a group.
+
+    Raises:
+        UserError: A root does not exist or has no known layout, files lack a partner, or two share a stem.
+    """
+    folders: list[tuple[str, Path]] = []
+    cases: list[Case] = []
+    for root in roots:
+        if root == PHANTOM:
+            names = [f"phantom_{index:04d}" for index in range(PHANTOM_COUNT)]
+            cases += [Case(name, Path(PHANTOM, name), Path(PHANTOM, name), name, PHANTOM) for name in names]
+        else:
+            folders += [(root, folder) for folder in _folders(root, sets)]
+    several = len(folders) > 1 or bool(cases)
+    problems: list[str] = []
+    for (root, folder), prefix in zip(folders, _prefixes([folder for _, folder in folders]), strict=True):
+        for stem, image, mask in _pairs(folder, problems):
+            name = f"{prefix}/{stem}" if several else stem
+            cases.append(Case(name, image, mask, prefix if sets else name, root))
+    raise_problems(problems, len(cases))
+    if not cases:
+        raise UserError(f"data.root: no image with a mask in {', '.join(str(folder) for _, folder in folders)}")
+    return sorted(cases, key=lambda case: case.name)
+
+
+def check_cases(
+    cases: Sequence[Case], reader: CaseReader, size: tuple[int, int] | None
+) -> tuple[list[Checked], list[str]]:
+    """Read every case once: what is wrong with them is collected, not raised at the first.
+
+    Args:
+        cases: The cases.
+        reader: Reads and checks one.
+        size: Height and width to keep resized arrays of; None keeps none.
+
+    Returns:
+        One entry per readable case, and the problems of the others.
+    """
+
+    def check(case: Case) -> Checked | str:
+        try:
+            image, mask = reader(case)
+            digest = hashlib.sha256()
+            for path in () if case.root == PHANTOM else (case.image, case.mask):
+                digest.update(path.read_bytes())
+            if case.root == PHANTOM:
+                digest.update(image.tobytes() + mask.tobytes())
+        except UserError as error:
+            return str(error).replace("\n", " ")
+        except MemoryError:
+            return f"{case.image}: not enough memory to decode it"
+        kept = None if size is None else (resize_image(image, size), resize_mask(mask, size))
+        return Checked(digest.hexdigest(), bool(((mask != 0) & (mask != IGNORE)).any()), kept)
+
+    if any(case.root == PHANTOM for case in cases):
+        reader(next(case for case in cases if case.root == PHANTOM))  # once, before the threads ask for it
+    # The reader silences Pillow's warnings by a process-wide switch; an outer one makes that safe among threads.
+    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        warnings.simplefilter("ignore")
+        results = list(pool.map(check, cases))
+    return [r for r in results if isinstance(r, Checked)], [r for r in results if isinstance(r, str)]
+
+
+def raise_problems(problems: Sequence[str], count: int) -> None:
+    """Raise one error that shows the first problems and says how many more there are; nothing if there are none."""
+    if not problems:
+        return
+    more = len(problems) - _SHOWN_PROBLEMS
+    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the data ({count} cases)"
+    shown = [f"- {problem[:300]}" for problem in problems[:_SHOWN_PROBLEMS]]
+    raise UserError("\n".join([f"{head}:", *shown, *([f"... and {more} more"] if more > 0 else [])]))
+
+
+def fingerprint(cases: Iterable[Case], checked: Iterable[Checked]) -> str:
+    """SHA-256 over the names and bytes of all files, the same on every machine and in any order."""
+    total = hashlib.sha256()
+    for name, digest in sorted((case.name, check.digest) for case, check in zip(cases, checked, strict=True)):
+        total.update(f"{name}\0{digest}\n".encode())
+    return total.hexdigest()
+
+
+def with_groups(cases: Iterable[Case], groups: Iterable[str]) -> list[Case]:
+    """The cases with their groups filled in."""
+    return [replace(case, group=group) for case, group in zip(cases, groups, strict=True)]
+
+
+def _folders(root: str, sets: bool) -> list[Path]:
+    """The folders below `root` that hold an image folder and a mask folder."""
+    base = Path(root).expanduser()
+    if not base.is_dir():
+        raise UserError(_missing(root, base))
+    if _layout(base):
+        return [base]
+    inner = base / "TestDataset" if sets and (base / "TestDataset").is_dir() else base
+    candidates = sorted(path for path in inner.iterdir() if path.is_dir() and _layout(path))
+    if sets and candidates:
+        return candidates
+    if (base / "TrainDataset").is_dir() and _layout(base / "TrainDataset"):
+        return [base / "TrainDataset"]
+    found = ", ".join(sorted(path.name for path in base.iterdir())[:8]) or "nothing"
+    hint = f"; its folders {', '.join(path.name for path in candidates[:5])} do: name one or several of them"
+    raise UserError(
+        f"data.root: {root} holds no images/ with masks/ (nor image/ with mask/){hint if candidates else ''}\n"
+        f"Found there: {found}"
+    )
+
+
+def _layout(folder: Path) -> tuple[Path, Path] | None:
+    for images, masks in LAYOUTS:
+        if (folder / images).is_dir() and (folder / masks).is_dir():
+            return folder / images, folder / masks
+    return None
+
+
+def _missing(root: str, base: Path) -> str:
+    """The message for a root that is no folder, with the nearest name that exists."""
+    if base.exists():
+        return f"data.root: {root} is a file; give the folder that holds images/ and masks/"
+    parent = base.parent
+    while not parent.is_dir():
+        base, parent = parent, parent.parent
+    guess = nearest(base.name, (path.name for path in parent.iterdir() if path.is_dir()))
+    hint = f" Did you mean {parent / guess}?" if guess else f" ({parent} exists, '{base.name}' in it does not)"
+    return f"data.root: there is no folder {root}.{hint}\nGive a folder with images/ and masks/, or the word {PHANTOM}"
+
+
+def _prefixes(folders: Sequence[Path]) -> list[str]:
+    """The shortest endings of the paths that tell them apart, the folder's own name if that is enough."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max((len(part) for part in parts), default=0) + 1):
+        names = ["_".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    if folders:
+        raise UserError(f"data.root: the same folder is named twice among {', '.join(str(f) for f in folders[:4])}")
+    return []
+
+
+def _pairs(folder: Path, problems: list[str]) -> list[tuple[str, Path, Path]]:
+    layout = _layout(folder)
+    assert layout is not None
+    images, masks = (_by_stem(path, problems) for path in layout)
+    for ending in _MASK_ENDINGS:
+        if masks and all(stem.endswith(ending) for stem in masks):
+            masks = {stem.removesuffix(ending): path for stem, path in masks.items()}
+    problems += [f"{images[stem]}: no mask of that name in {layout[1].name}/" for stem in sorted(images.keys() - masks)]
+    problems += [f"{masks[stem]}: no image of that name in {layout[0].name}/" for stem in sorted(masks.keys() - images)]
+    return [(stem, images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
+
+
+def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES or not path.is_file():
+            continue
+        if path.stem in files:
+            problems.append(f"{path}: shares its stem with {files[path.stem].name}; keep one of them")
+        files[path.stem] = path
+    return files
