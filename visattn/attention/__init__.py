@@ -1,0 +1,17 @@
+"""Published attention blocks, one per file: tensor in, tensor out.
+
+Tensors are channels-last, (B, *S, C), with one, two or three spatial axes *S; each class declares the ranks it
+supports in `supported_ranks`. `ATTENTION` holds blocks with one input, `FUSION` those that bring two together.
+"""
+
+from torch import nn
+
+from visattn.attention.reverse import ReverseAttention
+
+ATTENTION: dict[str, type[nn.Module]] = {}
+"""Blocks with one input, by the name that recipes use."""
+
+FUSION: dict[str, type[nn.Module]] = {"reverse": ReverseAttention}
+"""Blocks with two inputs, by the name that recipes use."""
+
+__all__ = ["ATTENTION", "FUSION", "ReverseAttention"]

@@ -1,0 +1,78 @@
+"""Whole networks.
+
+A builder takes `in_channels` and `classes` beside its own arguments. The network it returns is called with images
+(B, in_channels, *S) and gives logits (B, classes, *S), in training and evaluation alike; with side outputs it gives a
+tuple of such maps, the prediction first. `output_names` names the maps.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from visattn.errors import UserError, nearest, unknown
+from visattn.networks import pranet as _pranet
+
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"pranet": _pranet.pranet}
+"""Builders by the name that recipes use."""
+
+_INFO: dict[str, dict[str, Any]] = {"pranet": _pranet.INFO}
+
+__all__ = ["NETWORKS", "check_network", "create_model", "describe", "prediction"]
+
+
+def create_model(name: str, *, activation: str | None = None, **kwargs: Any) -> nn.Module:
+    """Build a network by name.
+
+    Args:
+        name: A key of `NETWORKS`.
+        activation: How the logits will be read, `sigmoid` or `softmax`. Handed to the networks whose arithmetic depends
+            on it, as PraNet's does; the others give logits without asking.
+        kwargs: Arguments of the builder.
+
+    Raises:
+        UserError: An unknown network or argument (the nearest valid one is named), or a value that cannot be.
+    """
+    check_network({"name": name, "activation": activation, **kwargs})
+    if "activation" in inspect.signature(NETWORKS[name]).parameters:
+        kwargs["activation"] = activation
+    return NETWORKS[name](**kwargs)
+
+
+def check_network(config: Mapping[str, Any]) -> None:
+    """Check the `network` block of a recipe without building anything.
+
+    Args:
+        config: `name` and arguments of `create_model`.
+
+    Raises:
+        UserError: As for `create_model`.
+    """
+    name = config.get("name")
+    if name not in NETWORKS:
+        raise unknown("network", str(name), NETWORKS)
+    valid = [*inspect.signature(NETWORKS[name]).parameters, "activation"]
+    for key, value in config.items():
+        if key == "name":
+            continue
+        if key not in valid:
+            guess = nearest(key, valid)
+            hint = f" Did you mean '{guess}'?" if guess else ""
+            raise UserError(
+                f"network '{name}' has no argument '{key}'.{hint}\nIt takes: {', '.join(dict.fromkeys(valid))}"
+            )
+        if key in ("in_channels", "classes", "channels") and (type(value) is not int or value < 1):
+            raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
+        if key == "activation" and value not in (None, "sigmoid", "softmax"):
+            raise UserError(f"network '{name}': activation must be sigmoid or softmax, got {value!r}")
+
+
+def describe() -> list[dict[str, Any]]:
+    """A row per network for `visattn models`: name, task, input, parameters, paper, licence of the weights."""
+    return [dict(_INFO[name]) for name in NETWORKS]
+
+
+def prediction(output: Tensor | tuple[Tensor, ...] | list[Tensor]) -> Tensor:
+    """The map (B, classes, *S) that is the prediction, whether a network has side outputs or not."""
+    return output if isinstance(output, Tensor) else output[0]

@@ -1,0 +1,166 @@
+"""Weights from elsewhere: files read without executing anything, official checkpoints taken over by name.
+
+Every file is read as tensors and plain values only (safetensors, or torch.load with weights_only=True). An official
+state dict is matched key by key: each of its entries is used or known to be unused, and each of ours is set.
+"""
+
+import importlib
+import logging
+import pickle
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from visattn.errors import UserError, unknown
+
+_logger = logging.getLogger(__name__)
+
+OFFICIAL = {"pranet": "visattn.networks.pranet"}
+"""Networks whose authors' checkpoints can be loaded, each with the module whose `from_official` does it.
+
+Modules are named, not imported, because networks themselves import this file to read their backbones' weights.
+"""
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net")
+_PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+
+
+def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwargs: Any) -> nn.Module:
+    """A network with its authors' weights, in eval mode.
+
+    Args:
+        name: A key of `OFFICIAL`.
+        state_dict: The authors' state dict, also wrapped as `{"state_dict": ...}` or `{"model": ...}` or with every key
+            under `module.`; or the path of a file that holds it.
+        kwargs: Arguments of the network, as for `visattn.create_model`.
+
+    Raises:
+        UserError: An entry is missing, unexpected or of another shape; the message names it.
+    """
+    if name not in OFFICIAL:
+        raise unknown("network with official weights", name, OFFICIAL)
+    tensors = read_weights(state_dict) if isinstance(state_dict, str | Path) else unwrap(state_dict)
+    network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(tensors, **kwargs)
+    return network.eval()
+
+
+def load_renamed(
+    network: nn.Module,
+    official: Mapping[str, Tensor],
+    official_name: Callable[[str], str],
+    unused: Mapping[str, tuple[int, ...]],
+    source: str,
+) -> None:
+    """Copy an official state dict into `network`, by name, completely.
+
+    Only the counters `num_batches_tracked` may be absent: no output depends on them, and old checkpoints lack them.
+
+    Args:
+        network: Receives the weights in place; unchanged if an error is raised.
+        official: The authors' state dict.
+        official_name: Our key to the official one.
+        unused: Official entries that the authors' forward pass never reads, with their shapes. They may be absent, and
+            are dropped.
+        source: What to call the checkpoint in an error.
+
+    Raises:
+        UserError: An entry is missing, unexpected or of another shape; official names are given.
+    """
+    own = network.state_dict()
+    wanted = {official_name(key): key for key in own}
+    if len(wanted) != len(own):
+        raise ValueError(f"{source}: two of our entries have the same official name")
+    shapes = {name: tuple(own[key].shape) for name, key in wanted.items()} | dict(unused)
+    missing = [key for key in wanted if key not in official and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in official if key not in shapes]
+    wrong = [
+        f"{key} is {tuple(value.shape)}, expected {shapes[key]}"
+        for key, value in official.items()
+        if key in shapes and tuple(value.shape) != shapes[key]
+    ]
+    wrong += [
+        f"{name} holds {official[name].dtype}, expected {own[key].dtype}"
+        for name, key in wanted.items()
+        if name in official and official[name].is_floating_point() != own[key].is_floating_point()
+    ]
+    problems = [
+        f"{title}: {', '.join(keys[:3])}{f', ... ({len(keys)} in all)' if len(keys) > 3 else ''}"
+        for title, keys in (("missing", missing), ("unexpected", unexpected), ("wrong", wrong))
+        if keys
+    ]
+    if problems:
+        raise UserError(
+            "\n".join([f"{source}: the state dict does not fit.", *problems, "Give the authors' checkpoint, whole."])
+        )
+    dropped = [key for key in unused if key in official]
+    if dropped:
+        _logger.info("%s: dropped entries that the official code never uses: %s", source, ", ".join(dropped))
+    network.load_state_dict({**own, **{key: official[name] for name, key in wanted.items() if name in official}})
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a `.safetensors` file or a file of torch.save, unwrapped (see `unwrap`), on the CPU.
+
+    Raises:
+        UserError: There is no such file, it is damaged, or it holds Python objects, which could execute code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such weights file.\nGive the path of a .safetensors or .pth file, or true or false."
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return unwrap(load_file(path))
+        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except pickle.UnpicklingError as error:
+        # torch reports a file that is no pickle at all the same way; the list of globals tells the two apart.
+        if "GLOBAL" in str(error).upper():
+            raise UserError(
+                f"{path}: holds Python objects, which could execute code when loaded: refused.\n"
+                "visattn reads tensors and plain values only; ask for the weights as .safetensors."
+            ) from error
+        raise UserError(f"{path}: no weights file: neither safetensors nor torch.save can read it.") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError, struct.error) as error:
+        raise UserError(
+            f"{path}: truncated or damaged weights file ({type(error).__name__}).\nCopy it again."
+        ) from error
+
+
+def unwrap(state: Any) -> dict[str, Tensor]:
+    """The state dict inside what people save: without outer `state_dict` or `model`, and without `module.` prefixes.
+
+    Raises:
+        UserError: There is no state dict, or an entry of it is no tensor.
+    """
+    for _ in range(3):  # {"model": {"state_dict": ...}} occurs; deeper nesting does not
+        if not isinstance(state, Mapping) or any(isinstance(value, Tensor | np.ndarray) for value in state.values()):
+            break
+        inner = [state[key] for key in _WRAPPERS if isinstance(state.get(key), Mapping)]
+        if not inner:
+            break
+        state = inner[0]
+    if not isinstance(state, Mapping) or not state:
+        raise UserError(f"holds no state dict (a mapping of names to tensors), but {type(state).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor | np.ndarray):
+            raise UserError(f"the entry {key!r:.80} of the state dict is no tensor, but {type(value).__name__}")
+        tensors[key] = torch.as_tensor(value)
+    stripping = True
+    while stripping:
+        stripping = False
+        for prefix in _PREFIXES:
+            if all(key.startswith(prefix) for key in tensors):
+                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+                stripping = True
+    return tensors
