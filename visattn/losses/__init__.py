@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.criteria import (
+from visattn.losses.criteria import (
     Classes,
     CrossEntropyLoss,
     DiceCELoss,
