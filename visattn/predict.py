@@ -1,0 +1,338 @@
+"""`visattn predict`: masks for images and folders of images.
+
+While the network works on one batch, a few threads read the next images and write the last masks; how many images are
+in memory at a time is bounded. A bad image fails alone; the batch goes on and the exit code tells.
+"""
+
+import errno
+import hashlib
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from visattn.checkpoint import library_versions, read_checkpoint
+from visattn.data.images import prepare, read_image
+from visattn.errors import UserError, unknown
+from visattn.files import write_bytes_atomic
+from visattn.inference import TTA, TestTimeAugmentation
+from visattn.labels import Labels
+from visattn.overlay import draw_overlay, encode_png, foreground_masks
+from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases, shown
+from visattn.predict_record import MANIFEST, TABLE, Entry, Record, file_hash
+from visattn.predictor import Predictor, find_device, parse_checkpoint
+from visattn.progress import Bar
+
+RULES = 1  # raise it when the same weights and settings begin to give other files
+BATCH = {"cuda": 16, "mps": 4, "cpu": 1}  # on a CPU a larger batch is no faster (docs/predict.md)
+FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image that waits for the network."""
+
+    case: Case
+    sha256: str
+    prepared: Tensor  # (C, h, w)
+    size: tuple[int, int]
+    pixels: NDArray[np.uint8] | None  # (H, W, C), kept if an overlay is wanted
+    seconds: float
+
+
+def predict_folder(
+    inputs: Sequence[Path | str],
+    checkpoint: Path | str,
+    output: Path | str,
+    probabilities: bool = False,
+    overlays: bool = False,
+    threshold: float = 0.5,
+    tta: TestTimeAugmentation = "none",
+    device: str = "auto",
+    overwrite: bool = False,
+) -> int:
+    """Predict masks for `inputs` into the folder `output`.
+
+    Args:
+        inputs: Image files, and folders that are searched with their subfolders.
+        checkpoint: What `read_checkpoint` takes.
+        output: Mirrors the input folders. Masks are PNG with the recipe's label values at the image's own size, upright
+            as its EXIF entry says; `predictions.csv` and `manifest.json` lie beside them.
+        probabilities: Also write 16-bit PNG (65535 is 1) to `probabilities/`, one for each class when several.
+        overlays: Also write the images with the outline of the prediction to `overlays/`.
+        threshold: Probability from which a binary or region output is foreground; several classes take the largest.
+        tta: `flips` averages over mirror images.
+        device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda` or `mps`.
+        overwrite: Do finished cases again, and replace files that visattn did not write.
+
+    Returns:
+        0 if every case has its mask, 1 if some failed.
+
+    Raises:
+        UserError: Nothing could be started, or the disk is full. What was finished is kept and recorded.
+    """
+    output = Path(output)
+    if not 0.0 < threshold < 1.0:
+        raise UserError(f"--threshold {threshold}: must lie between 0 and 1.")
+    if tta not in TTA:
+        raise unknown("tta", tta, TTA)
+    images = find_images([Path(given) for given in inputs], output)
+    place = find_device(device)
+    with output_folder(output) as case_sensitive:
+        content = read_checkpoint(checkpoint)
+        labels = parse_checkpoint(content)[0]
+        if labels.activation == "softmax" and threshold != 0.5:
+            raise UserError("--threshold: this network tells several classes apart, and the largest probability wins.")
+        cases = plan_cases(images, output, labels, probabilities, overlays, case_sensitive)
+        settings = {"weights": content.sha256, "threshold": threshold, "tta": tta, "rules": RULES}
+        about = {
+            "versions": library_versions(),
+            "checkpoint": {"path": str(content.path), "sha256": content.sha256},
+            "recipe": content.recipe,
+            "labels": content.labels,
+            "training_data": content.data,
+            "device": str(place),
+        }
+        record = Record(output, settings, about, fresh=overwrite)
+        todo = record.unfinished(cases, overwrite)
+        check_space(todo, output, labels.channels)
+        predictor = Predictor(content, device) if todo else None
+        failed = 0
+        try:
+            record.start(todo)
+            if predictor is not None:
+                failed = _Run(predictor, record, output, threshold, tta).run(todo)
+        except KeyboardInterrupt:
+            print("stopped. What is finished is recorded; the same command goes on from here", file=sys.stderr)
+            raise
+        except OSError as error:
+            if error.errno not in FATAL:
+                raise
+            raise UserError(
+                f"--output {shown(output)}: {error.strerror}. Finished masks are whole and recorded.\n"
+                "Make room and give the same command again to go on."
+            ) from error
+        _tell_end(output, record, len(cases) - len(todo), len(todo) - failed, failed, overlays, probabilities)
+    return 1 if failed else 0
+
+
+def _tell_end(
+    output: Path, record: Record, kept: int, done: int, failed: int, overlays: bool, probabilities: bool
+) -> None:
+    parts = [f"{done} predicted"]
+    parts += [f"{kept} unchanged and kept"] if kept else []
+    parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
+    beside = [
+        f"{TABLE}, {MANIFEST}",
+        *(["overlays/"] if overlays else []),
+        *(["probabilities/"] if probabilities else []),
+    ]
+    lines = [", ".join(parts), f"masks: {shown(output)} ({', '.join(beside)})"]
+    if record.others:
+        lines.append(f"{record.others} masks of other weights or settings lie there too; they are not in {TABLE}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+class _Run:
+    """One pass over the cases: read ahead, predict, write behind."""
+
+    def __init__(
+        self, predictor: Predictor, record: Record, output: Path, threshold: float, tta: TestTimeAugmentation
+    ) -> None:
+        self.predictor = predictor
+        self.record = record
+        self.output = output
+        self.threshold = threshold
+        self.tta: TestTimeAugmentation = tta
+        self.batch = BATCH[predictor.device.type]
+        self.threads = min(4, max(2, os.cpu_count() or 1))
+        self.writing: deque[tuple[Case, Future[Entry]]] = deque()
+        self.failed = 0
+
+    def run(self, cases: Sequence[Case]) -> int:
+        """Predict `cases` and return how many failed."""
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="visattn")
+        try:
+            with Bar("predicting", len(cases)) as self.bar:
+                batch: list[Decoded] = []
+                for case, future in _ahead(pool, self._decode, cases, self.batch + self.threads):
+                    decoded = self._result(case, future)
+                    if decoded is not None:
+                        batch.append(decoded)
+                    if len(batch) == self.batch:
+                        self._predict(pool, batch)
+                        batch = []
+                self._predict(pool, batch)
+                self._collect(0)
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._save_at_the_end()
+        return self.failed
+
+    def _save_at_the_end(self) -> None:
+        try:
+            for case, future in self.writing:  # after an interruption: what was written meanwhile
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    self.record.done(case, future.result())
+            self.record.save()
+        except OSError:
+            if sys.exception() is None:
+                raise  # else the disk is full, and that is being told already
+
+    def _decode(self, case: Case) -> Decoded:
+        started = time.monotonic()
+        sha256 = file_hash(case.image)
+        pixels = read_image(case.image, self.predictor.preprocessing.channels)
+        prepared = prepare(pixels, self.predictor.preprocessing)
+        kept = pixels if case.overlay else None
+        height, width = pixels.shape[:2]
+        return Decoded(case, sha256, prepared, (height, width), kept, time.monotonic() - started)
+
+    def _predict(self, pool: ThreadPoolExecutor, batch: Sequence[Decoded]) -> None:
+        started = time.monotonic()
+        for decoded, probability in self._infer(batch, self.batch):
+            seconds = decoded.seconds + (time.monotonic() - started) / max(1, len(batch))
+            if probability is None:
+                self._fail(decoded.case, "the device's memory does not suffice; try --device cpu")
+                continue
+            self.writing.append((decoded.case, pool.submit(self._write, decoded, probability, seconds)))
+            self._collect(self.threads)
+
+    def _infer(self, batch: Sequence[Decoded], size: int) -> Iterator[tuple[Decoded, NDArray[np.float32] | None]]:
+        """The batch's probabilities; where the device's memory does not suffice, in smaller parts."""
+        if not batch:
+            return
+        # Always a full batch: kernels are chosen by batch size, and a mask must not depend on how many images were
+        # left when a run was resumed.
+        prepared = [decoded.prepared for decoded in batch]
+        prepared += [prepared[-1]] * (size - len(batch))
+        sizes = [decoded.size for decoded in batch] + [(1, 1)] * (size - len(batch))
+        done = 0
+        try:
+            for decoded, probability in zip(batch, self.predictor.iter_batch(prepared, sizes, self.tta), strict=False):
+                yield decoded, probability
+                done += 1
+        except torch.OutOfMemoryError:
+            if size > 1:
+                half = size // 2
+                for start in range(done, len(batch), half):
+                    yield from self._infer(batch[start : start + half], half)
+            else:
+                yield batch[0], None
+
+    def _write(self, decoded: Decoded, probability: NDArray[np.float32], seconds: float) -> Entry:
+        """Write one case's files, the mask last."""
+        started = time.monotonic()
+        case, labels = decoded.case, self.predictor.labels
+        indices = labels.from_probabilities(probability, self.threshold)
+        content: dict[str, bytes] = {}
+        for file, channel in zip(case.probabilities, probability, strict=False):
+            content[file] = encode_png(np.round(channel * 65535).astype(np.uint16))
+        if case.overlay and decoded.pixels is not None:
+            content[case.overlay] = encode_png(draw_overlay(decoded.pixels, indices, labels))
+        content[case.mask] = encode_png(labels.decode(indices))
+        for file, data in content.items():
+            write_bytes_atomic(self.output / file, data)
+        rows = measure(indices, probability, labels)
+        return Entry(
+            image=str(case.image),
+            mask=case.mask,
+            state="done",
+            settings=self.record.settings_id,
+            input_sha256=decoded.sha256,
+            files={file: hashlib.sha256(data).hexdigest() for file, data in content.items()},
+            size=list(decoded.size),
+            seconds=round(seconds + time.monotonic() - started, 3),
+            rows=rows,
+        )
+
+    def _collect(self, limit: int) -> None:
+        """Take up finished writes, oldest first, until at most `limit` are under way."""
+        while self.writing and (len(self.writing) > limit or self.writing[0][1].done()):
+            case, future = self.writing[0]
+            entry = self._result(case, future)
+            self.writing.popleft()
+            if entry is not None:
+                self.record.done(case, entry)
+                self.bar.advance()
+
+    def _result(self, case: Case, future: "Future[T]") -> T | None:
+        """What a thread made of a case; its error, if any, fails the case and not the run."""
+        try:
+            return future.result()
+        except UserError as error:
+            self._fail(case, str(error))
+        except OSError as error:
+            if error.errno in FATAL:
+                raise
+            self._fail(case, f"{error.filename or case.image}: {error.strerror or error}")
+        except MemoryError:
+            self._fail(case, f"{case.image}: memory does not suffice for this image")
+        return None
+
+    def _fail(self, case: Case, error: str) -> None:
+        self.failed += 1
+        self.record.failed(case, error)
+        self.bar.advance()
+        message = shown(" ".join(error.split()))
+        if self.failed <= 20:
+            self.bar.say(f"failed: {message}")
+        elif self.failed == 21:
+            self.bar.say(f"failed: more; all are listed in {MANIFEST}")
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, function: Callable[[Case], T], cases: Sequence[Case], count: int
+) -> Iterator[tuple[Case, "Future[T]"]]:
+    """Run `function` on the cases in order, at most `count` of them ahead of the consumer."""
+    waiting: deque[tuple[Case, Future[T]]] = deque()
+    remaining = iter(cases)
+    while True:
+        while len(waiting) < count and (case := next(remaining, None)) is not None:
+            waiting.append((case, pool.submit(function, case)))
+        if not waiting:
+            return
+        yield waiting.popleft()
+
+
+def measure(indices: NDArray[np.uint8], probability: NDArray[np.float32], labels: Labels) -> list[dict[str, Any]]:
+    """One row of `predictions.csv` for each foreground class or region.
+
+    Args:
+        indices: Predicted class indices (H, W).
+        probability: (channels, H, W).
+        labels: What the indices mean.
+
+    Returns:
+        `class`, `pixels`, `percent_of_image`, `components` (8-connected) and `mean_foreground_probability`: the mean
+        of the class's probability over its own pixels, None if it has none. It is no calibrated confidence.
+    """
+    channels = probability[1:] if labels.activation == "softmax" else probability
+    rows = []
+    for name, mask, channel in zip(labels.foreground, foreground_masks(indices, labels), channels, strict=True):
+        pixels = int(mask.sum())
+        components = int(ndimage.label(mask, structure=np.ones((3, 3)))[1])
+        mean = round(float(channel[mask].mean(dtype=np.float64)), 4) if pixels else None
+        rows.append(
+            {
+                "class": name,
+                "pixels": pixels,
+                "percent_of_image": round(100 * pixels / mask.size, 4),
+                "components": components,
+                "mean_foreground_probability": mean,
+            }
+        )
+    return rows
