@@ -6,7 +6,8 @@ For each class of each case, by truth and prediction (`docs/metrics.md` has the 
 * both present: the formulas;
 * truth alone (a miss): the worst value of every measure, which is the image diagonal for HD95. The measures of a
   probability map judge the map instead, unless it is constant and so finds nothing either;
-* prediction alone (a false alarm): the worst value as well, but no recall, as there was nothing to find;
+* prediction alone (a false alarm): the worst value as well, but no recall, as there was nothing to find, and no HD95 in
+  pixels: it has no worst value across image sizes, so a false alarm on a small image could improve the mean;
 * neither: undefined (None). Only `fpr_empty` says 0 here, 1 for a false alarm, and None where the class is present.
 
 Pixels whose truth is `IGNORE` are background in truth and prediction, belong to no count, histogram or stretch of the
@@ -187,10 +188,7 @@ class _OneClass:
             distances = surface_distances(self.predicted, self.true, spacing)
             hd95 = hausdorff(distances)
             return {"hd95": hd95, "hd95_rel": hd95 / longest, "nsd": surface_dice(distances, tolerance)}
-        row = self._without_formula("surface")
-        if row["hd95"] is not None:
-            row["hd95"] = longest
-        return row
+        return self._without_formula("surface") | {"hd95": longest if self.has_truth else None}
 
     def on_map(self, probability: NDArray[np.floating[Any]] | None) -> tuple[CaseRow, NDArray[np.float64]]:
         levels = protocol_levels(self.predicted if probability is None else probability, self.valid)
