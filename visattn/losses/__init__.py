@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visattn.errors import UserError, nearest, unknown
+from visattn.labels import Labels
 from visattn.losses.criteria import (
     Classes,
     CrossEntropyLoss,
@@ -23,8 +25,6 @@ from visattn.losses.criteria import (
     TverskyLoss,
     at_least_float32,
 )
-from visattn.errors import UserError, nearest, unknown
-from visattn.labels import Labels
 
 LOSSES: dict[str, Callable[..., nn.Module]] = {
     "bce": CrossEntropyLoss,

@@ -286,11 +286,14 @@ def _region_term(
 
 def _window_mean(x: Tensor) -> Tensor:
     """Mean over a window of 31 pixels a side, of which those outside the image count as 0; one axis after the other."""
-    pool = F.avg_pool2d if x.ndim == 4 else F.avg_pool3d
-    for axis in range(x.ndim - 2):
-        kernel, padding = [1] * (x.ndim - 2), [0] * (x.ndim - 2)
-        kernel[axis], padding[axis] = 31, 15
-        x = pool(x, kernel, stride=1, padding=padding)
+    rank = x.ndim - 2
+    pool = F.avg_pool2d if rank == 2 else F.avg_pool3d
+    for axis in range(rank):
+        kernel, margins = [1] * rank, [0] * (2 * rank)
+        kernel[axis] = 31
+        margins[2 * (rank - 1 - axis)] = margins[2 * (rank - 1 - axis) + 1] = 15  # F.pad counts axes from the last
+        # Padded here: avg_pool3d refuses an axis shorter than the window, whatever its own padding.
+        x = pool(F.pad(x, margins), kernel, stride=1)
     return x
 
 

@@ -5,10 +5,11 @@ hidden here: channels-last outputs, models built for one input size, window and 
 multiple of, and backbone weights from a file.
 """
 
+import copy
 import math
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -70,7 +71,7 @@ class TimmFeatures(nn.Module):
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).upper().endswith("NHWC")
         if len(self.features) < maps:
             raise UserError(f"backbone '{name}' has {len(self.features)} feature maps, but {maps} are needed")
-        self.multiple, self.fixed_size = self._accepted_sizes(name, in_channels, options)
+        self.multiple, self.fixed_size = self._rehearse(name, in_channels, options)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps of `x` (B, in_channels, H, W), whose sides `padded_size` accepts."""
@@ -96,37 +97,37 @@ class TimmFeatures(nn.Module):
     def _channels_first(self, maps: Any) -> list[Tensor]:
         return [feature.movedim(-1, 1) if self.channels_last else feature for feature in maps]
 
-    def _accepted_sizes(
-        self, name: str, in_channels: int, options: Mapping[str, Any]
-    ) -> tuple[int, tuple[int, int] | None]:
-        """(multiple, fixed size), found by running the model on tensors without storage."""
+    def _rehearse(self, name: str, in_channels: int, options: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None]:
+        """Run the model on tensors without storage: (multiple, fixed size), and what it never uses is frozen."""
+        tensors = [*self.net.parameters(), *self.net.buffers()]
+        # In the copy each tensor is replaced by one that has a shape and no values, so copying costs nothing.
+        memo: dict[int, Any] = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
+        for parameter in self.net.parameters():
+            memo[id(parameter)] = nn.Parameter(memo[id(parameter)])
+        shadow = copy.deepcopy(self.net, memo).eval()
         coarsest = math.lcm(*(int(reduction) for _, reduction in self.features))
-        for factor in _FACTORS:
-            side = coarsest * factor
-            if self._runs(in_channels, (2 * side, 3 * side)):
-                return side, None
         native = options.get("img_size") or _config(name).input_size[-2:]
         height, width = (native, native) if isinstance(native, int) else (int(side) for side in native)
-        if self._runs(in_channels, (height, width)):
-            return 1, (height, width)
+        trials = [(2 * coarsest * factor, 3 * coarsest * factor) for factor in _FACTORS] + [(height, width)]
+        for factor, size in zip((*_FACTORS, None), trials, strict=True):
+            try:
+                maps = self._channels_first(shadow(torch.empty(1, in_channels, *size, device="meta")))
+            except (RuntimeError, AssertionError, ValueError, NotImplementedError):
+                continue  # what a model raises for a size it was not built for
+            if [feature.shape[1] for feature in maps] != [channels for channels, _ in self.features]:
+                continue
+            _freeze_unused(self.net, shadow, maps)
+            return (1, size) if factor is None else (coarsest * factor, None)
         raise UserError(f"backbone '{name}' gives no feature maps that a head could read; choose another one")
 
-    def _runs(self, in_channels: int, size: tuple[int, int]) -> bool:
-        tensors = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
-        storageless = {key: value.detach().to("meta") for key, value in tensors.items()}
-        image = torch.empty(1, in_channels, *size, device="meta")
-        training = self.net.training
-        try:
-            with torch.no_grad():
-                maps = self._channels_first(torch.func.functional_call(self.net.eval(), storageless, (image,)))
-        except (RuntimeError, AssertionError, ValueError, NotImplementedError):
-            return False  # what a model raises for a size it was not built for
-        finally:
-            self.net.train(training)
-        return all(
-            feature.ndim == 4 and feature.shape[1] == width
-            for feature, (width, _) in zip(maps, self.features, strict=True)
-        )
+
+def _freeze_unused(net: nn.Module, shadow: nn.Module, maps: list[Tensor]) -> None:
+    """Parameters that no map depends on would never get a gradient, which distributed training takes for an error."""
+    total = torch.stack([feature.sum() for feature in maps]).sum()
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(total, list(shadow.parameters()), allow_unused=True)
+    for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+        if gradient is None:
+            parameter.requires_grad_(False)
 
 
 def _config(name: str) -> Any:
