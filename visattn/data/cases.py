@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -167,9 +166,7 @@ def check_cases(
 
     if any(case.root == PHANTOM for case in cases):
         reader(next(case for case in cases if case.root == PHANTOM))  # once, before the threads ask for it
-    # The reader silences Pillow's warnings by a process-wide switch; an outer one makes that safe among threads.
-    with warnings.catch_warnings(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        warnings.simplefilter("ignore")
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
         results = list(pool.map(check, cases))
     return [r for r in results if isinstance(r, Checked)], [r for r in results if isinstance(r, str)]
 

@@ -5,7 +5,6 @@ is applied to images and masks alike.
 """
 
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,7 +173,8 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """
     with _opened(path, load=False) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        # For TIFF Pillow turns by itself, and has swapped the sizes already.
+        turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -183,25 +183,22 @@ def _opened(path: Path | str, load: bool = True) -> Iterator[Image.Image]:
     """The image upright and decoded; whatever Pillow or the file system says becomes a `UserError` naming the file."""
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            # Pillow warns about odd metadata of files it reads well, and about sizes, which are judged below.
-            warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
-                _check_header(path, image)
-                if load:
-                    if image.format == "PNG":
-                        _check_png(path)
-                    halved = isinstance(image, ImageFile.ImageFile) and any(
-                        "16" in str(tile.args) for tile in image.tile
-                    )
-                    image.load()
-                    image.info[_DEPTH_LOST] = halved and not image.mode.startswith("I")
-                    yield _upright(image)
-                else:
-                    yield image
-    except (UserError, KeyboardInterrupt):
+        # Given a path, Pillow maps a raw TIFF into memory and, where EXIF swaps its sides, scrambles it (13.0).
+        with path.open("rb") as handle, Image.open(handle, formats=_FORMATS) as image:
+            _check_header(path, image)
+            if load:
+                if image.format == "PNG":
+                    _check_png(path)
+                tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+                deep = any("16" in str(tile.args) for tile in tiles)
+                image.load()
+                image.info[_DEPTH_LOST] = deep and not image.mode.startswith("I")
+                yield _upright(image)
+            else:
+                yield image
+    except (UserError, MemoryError):
         raise
-    except Image.DecompressionBombError:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(
             f"{path}: the header announces more than {MAX_PIXELS} pixels; the file is damaged or a trap"
         ) from None
@@ -257,4 +254,5 @@ def _upright(image: Image.Image) -> Image.Image:
 def _without_alpha(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "RGBX"):
         return Image.merge("RGB", image.split()[:3])
+    image.info.pop("transparency", None)  # of a palette; Pillow warns that `convert` drops it
     return image.getchannel("L") if image.mode == "LA" else image
