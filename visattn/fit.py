@@ -12,6 +12,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +23,16 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from visattn import recipe as recipes
 from visattn.callbacks import EpochTable, RandomState, TrainingProgress
+from visattn.checkpoint import load_plain
 from visattn.checkpoint_io import AtomicCheckpointIO
-from visattn.errors import UserError
+from visattn.errors import UserError, nearest
 from visattn.files import write_text_atomic
 from visattn.results import write_results
-from visattn.runs import ROOT, find_checkpoint, named_run, new_run
+from visattn.runs import ROOT, find_checkpoint, is_first_process, new_run, start_run
 from visattn.task import SegmentationTask
 
 MONITOR = "val/dice"
@@ -73,25 +77,34 @@ class RecipeCLI(LightningCLI):
         return cast(dict[str, Any], yaml.safe_load(text))
 
     def build(self) -> tuple[SegmentationTask, Any]:
-        """The task and the data module."""
-        section = Namespace(model=self.config.model, data=self.config.data)
-        built = self.parser.instantiate_classes(section)
-        return built.model, built.data
+        """The task and the data module, from the classes that the tables name.
+
+        Built here and not by jsonargparse, which would bury what their constructors say about a recipe.
+        """
+        task, data = (_named(section.class_path)(**section.init_args.as_dict()) for section in
+                      (self.config.model, self.config.data))  # fmt: skip
+        return task, data
 
     def build_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer of the recipe; `kwargs` win, and their callbacks are added to the recipe's."""
         own = self.parser.instantiate_classes(Namespace(trainer=self.config.trainer)).trainer.as_dict()
         given = own["callbacks"] or []
         callbacks = [*(given if isinstance(given, list) else [given]), *kwargs.pop("callbacks", [])]
-        return L.Trainer(**{**own, **kwargs, "callbacks": callbacks})
+        try:
+            return L.Trainer(**{**own, **kwargs, "callbacks": callbacks})
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def _named(path: str) -> Any:
+    """The class at a dotted path that a table gave."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def _home(path: str) -> str:
     """The path under which Python itself knows a re-exported class."""
-    from importlib import import_module
-
-    module, _, name = path.rpartition(".")
-    cls = getattr(import_module(module), name)
+    cls = _named(path)
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -101,23 +114,14 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
     Raises:
         UserError: a key is unknown or a value has the wrong type; jsonargparse's own text is cut to what matters.
     """
-    from importlib import import_module
-    from inspect import signature
-
     for section in ("model", "data"):
-        module, _, name = tree[section]["class_path"].rpartition(".")
-        cls = getattr(import_module(module), name)
-        valid = [key for key in signature(cls.__init__).parameters if key != "self"]
-        recipes.check_keys(section, tree[section]["init_args"], valid)
-        missing = [
-            key
-            for key, parameter in signature(cls.__init__).parameters.items()
-            if key != "self" and parameter.default is parameter.empty and key not in tree[section]["init_args"]
-        ]
-        if missing:
-            raise UserError(f"{section}: the key '{missing[0]}' is missing from init_args of {name}")
-    trainer_keys = [key for key in signature(L.Trainer.__init__).parameters if key != "self"]
-    recipes.check_keys("trainer", tree.get("trainer") or {}, trainer_keys)
+        path, given = tree[section]["class_path"], tree[section]["init_args"]
+        parameters = signature(_named(path)).parameters
+        recipes.check_keys(section, given, parameters)
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in given:
+                raise UserError(f"{section}: the key '{key}' is missing from init_args of {path.rpartition('.')[2]}")
+    recipes.check_keys("trainer", tree.get("trainer") or {}, signature(L.Trainer).parameters)
     try:
         with warnings.catch_warnings():
             # Raised because the process has a command line; we pass the merged recipe on purpose.
@@ -132,18 +136,19 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
 def _shorten(message: str) -> str:
     """The deepest key and expectation out of jsonargparse's nested message."""
     keys = re.findall(r'Parser key "([^"]+)"', message)
-    section = re.search(r"class_path '[\w.]*\.?(\w+)'", message)
-    where = ".".join(dict.fromkeys(key for key in [keys[0] if keys else "", keys[-1] if len(keys) > 1 else ""] if key))
-    expected = re.findall(r"(Expected an? .*|Importing .*? is not allowed|Option .* is not accepted)", message)
+    where = ".".join(dict.fromkeys(key for key in (keys[:1] + keys[-1:]) if key)) or "recipe"
     given = re.findall(r"(?:Got value|Given value): (.*)", message)
-    text = expected[0] if expected else message.strip().splitlines()[0]
-    text = re.sub(r"<class '([\w.]+)'>", r"\1", text)
-    kinds = sorted({kind for item in expected for kind in re.findall(r"Expected an? <class '([\w.]+)'>", item)})
-    if len(kinds) > 1:
-        text = f"expected one of: {', '.join(kinds)}"
-        text += f". Got: {given[0]}" if given else ""
-    inside = f" (of {section.group(1)})" if section else ""
-    return f"{where or 'recipe'}{inside}: {text}"[:600]
+    kinds = re.findall(r"Expected an? (?:<class ')?([\w.\[\], ']+?)'?>?(?:\.|$|\n| but)", message)
+    literals = ", ".join(re.findall(r"Literal\[([^\]]+)\]", message))
+    choices = list(dict.fromkeys(item.strip(" '") for item in literals.split(",") if item))
+    if choices and given:
+        guess = nearest(given[0], choices)
+        hint = f" Did you mean '{guess}'?" if guess else ""
+        return f"{where}: '{given[0]}' is not a valid value.{hint}\nValid: {', '.join(choices)}"
+    names = [kind for kind in dict.fromkeys(kinds) if kind != "NoneType" and not kind.startswith("typing")]
+    if names and given:
+        return f"{where}: expected {' or '.join(names)}, got '{given[0][:200]}'"
+    return f"{where}: {message.strip().splitlines()[-1].strip()[:300]}"
 
 
 def run_stage(
@@ -179,10 +184,10 @@ def run_stage(
         return evaluate(cli, stage, name, root, folder, ckpt_path or "best")
 
 
-def _prepare(cli: RecipeCLI) -> tuple[SegmentationTask, Any]:
+def _prepare(cli: RecipeCLI, name: str) -> tuple[SegmentationTask, Any]:
     task, data = cli.build()
     data.seed = int(cli.config.seed_everything)
-    task.recipe = cli.resolved
+    task.recipe, task.recipe_name, task.data = cli.resolved, name, data
     return task, data
 
 
@@ -194,15 +199,17 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
         if own is None:
             raise UserError(f"--ckpt_path {ckpt_path}: lies in no run folder; to start from its weights, set init_from")
         run = own
-    task, data = _prepare(cli)
+    task, data = _prepare(cli, name)
     data.setup("fit")  # finds what is wrong with the data before a folder is made or a network built
     if not data.cases["val"]:
         raise UserError("data.split: there are no validation cases, and best.ckpt is chosen on them; set split.val")
+    task.configure_model()  # finds what is wrong with network and loss, likewise
     if checkpoint is None:
-        run = named_run(run) if run is not None else new_run(root, name)
+        run = start_run(root, name, run)
     assert run is not None
-    write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
-    data.write_splits(run / "splits.json")
+    if is_first_process():
+        write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
+        data.write_splits(run / "splits.json")
 
     keep = ModelCheckpoint(
         dirpath=run / "checkpoints",
@@ -236,8 +243,8 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     best = Path(keep.best_model_path)
     task.suite = "full"
     trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+    write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
     if trainer.is_global_zero:
-        write_results(run, task, data, split="val", checkpoint=best, seconds=seconds)
         print(f"best checkpoint: {best}\nreport: {run / 'report.html'}", file=sys.stderr)
     return 0
 
@@ -245,7 +252,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
 def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None, ckpt_path: str) -> int:
     """Score a checkpoint on the validation or test cases; results go to `RUN/<stage>/`."""
     checkpoint, own = find_checkpoint(ckpt_path, root, name, run)
-    task, data = _prepare(cli)
+    task, data = _prepare(cli, name)
     data.setup(stage)
     split = "val" if stage == "validate" else "test"
     if not data.cases[split]:
@@ -260,10 +267,15 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     started = time.monotonic()
     loop = trainer.validate if stage == "validate" else trainer.test
     loop(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    seconds = time.monotonic() - started
+    write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint))
     if trainer.is_global_zero:
-        write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=time.monotonic() - started)
         print(f"results: {output}", file=sys.stderr)
     return 0
+
+
+def _epoch(checkpoint: Path) -> int:
+    return int(load_plain(checkpoint)["epoch"])
 
 
 @contextmanager
@@ -271,7 +283,7 @@ def _quiet() -> Iterator[None]:
     """Silence what Lightning says to developers; warnings about the user's data and settings stay."""
     import logging
 
-    for logger in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
+    for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)
     os.environ.setdefault("PL_DISABLE_TIPS", "1")
     with warnings.catch_warnings():

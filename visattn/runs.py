@@ -1,5 +1,6 @@
 """Run folders: `ROOT/<recipe>/<time>/`, one for each training, found again by recipe name."""
 
+import os
 import time
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from visattn.errors import UserError
 
 ROOT = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
+_RUN = "VISATTN_RUN"  # environment variable by which one process of a run tells the others its folder
 
 
 def new_run(root: Path, recipe: str) -> Path:
@@ -32,6 +34,32 @@ def named_run(folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--run {folder}: cannot be created: {error.strerror}") from None
+    return folder
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes; the others of a distributed run only compute."""
+    return all(os.environ.get(key, "0") == "0" for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
+
+
+def start_run(root: Path, recipe: str, run: Path | None) -> Path:
+    """The folder of a new run, the same one in every process of a distributed run.
+
+    Lightning starts its further processes with this one's environment, which then names the folder. Processes that
+    torchrun or SLURM start at the same time share no environment, so there the user has to name it.
+
+    Raises:
+        UserError: several processes were started from outside and no folder was named, or it holds a run already.
+    """
+    if not is_first_process():
+        if run is None and _RUN not in os.environ:
+            raise UserError("several processes were started together: name their run folder with --run DIR")
+        return run or Path(os.environ[_RUN])
+    started_outside = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1
+    if run is None and started_outside and ("TORCHELASTIC_RUN_ID" in os.environ or "SLURM_PROCID" in os.environ):
+        raise UserError("several processes were started together: name their run folder with --run DIR")
+    folder = named_run(run) if run is not None else new_run(root, recipe)
+    os.environ[_RUN] = str(folder.resolve())
     return folder
 
 

@@ -16,7 +16,7 @@ from visattn.errors import UserError
 from visattn.inference import predict_probabilities
 from visattn.labels import Labels
 from visattn.losses import build_loss
-from visattn.metrics import SegmentationMetrics
+from visattn.metrics import SegmentationMetrics, Suite
 from visattn.networks import check_network, create_model
 from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze
 
@@ -68,23 +68,26 @@ class SegmentationTask(L.LightningModule):
         self.freeze_patterns = list(freeze or [])
         self.backbone_lr_factor = backbone_lr_factor
         self.recipe: dict[str, Any] = {}  # the resolved recipe, set by fit; rides in the checkpoint
-        self.suite = "headline"
+        self.recipe_name = ""
+        self.data: Any = None  # the data module, set by fit: labels and preprocessing decide the network's ends
+        self.suite: Suite = "headline"
         self.network: nn.Module | None = None
         self.validation_metrics: SegmentationMetrics | None = None
 
     @property
     def labels(self) -> Labels:
         """The label map of the data module."""
-        return cast(Labels, self._data.labels)
-
-    @property
-    def _data(self) -> Any:
-        return self.trainer.datamodule  # type: ignore[attr-defined]
+        return cast(Labels, self.data.labels)
 
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of `create_model` that rebuild the network without downloading anything."""
-        arguments = {**self.config["network"], "pretrained": False}
-        return {**arguments, "in_channels": self._data.preprocessing.channels, "classes": self.labels.channels}
+        return {
+            **self.config["network"],
+            "pretrained": False,
+            "in_channels": self.data.preprocessing.channels,
+            "classes": self.labels.channels,
+            "activation": self.labels.activation,
+        }
 
     def configure_model(self) -> None:
         """Build the network and the loss from the recipe and the data module's labels (once)."""
@@ -133,7 +136,8 @@ class SegmentationTask(L.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Loss at the network's size, metrics at each image's own size."""
         loss = self._evaluate(batch)
-        self.log("val/loss", loss, batch_size=len(batch["case"]), sync_dist=True)
+        if self.suite == "headline":
+            self.log("val/loss", loss, batch_size=len(batch["case"]), sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """As validation, for the test cases."""
@@ -166,6 +170,8 @@ class SegmentationTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the means over cases; `val/dice` is what `best.ckpt` is chosen by."""
         assert self.validation_metrics is not None
+        if self.suite != "headline":
+            return
         means = self.validation_metrics.compute()
         for name in ("dice", "iou"):
             self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=False)
@@ -175,9 +181,9 @@ class SegmentationTask(L.LightningModule):
         checkpoint[KEY] = checkpoint_metadata(
             recipe=copy.deepcopy(self.recipe),
             labels=self.labels.to_config(),
-            preprocessing=self._data.preprocessing.to_config(),
+            preprocessing=self.data.preprocessing.to_config(),
             network=self.network_arguments(),
-            data={"description": self._data.description, "fingerprint": self._data.fingerprint},
+            data={"description": self.data.description, "fingerprint": self.data.fingerprint},
             threshold=THRESHOLD,
         )
 

@@ -1,0 +1,67 @@
+import pytest
+import torch
+from torch import nn
+
+from visattn.errors import UserError
+from visattn.optimizers import build_optimizer, build_schedule, freeze, parameter_groups
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Linear(3, 5)
+        self.head = nn.Linear(5, 2)
+
+
+def test_vectors_are_not_decayed_and_the_backbone_has_its_own_rate():
+    net = Net()
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in parameter_groups(net, 1e-2, 0.1, 0.5) for p in g["params"]}
+    assert found[id(net.backbone.weight)] == (5e-3, 0.1)
+    assert found[id(net.backbone.bias)] == (5e-3, 0.0)
+    assert found[id(net.head.weight)] == (1e-2, 0.1)
+    assert found[id(net.head.bias)] == (1e-2, 0.0)
+
+
+def test_optimizer_takes_its_own_arguments_and_refuses_others():
+    optimizer = build_optimizer({"name": "adamw", "lr": 0.1, "betas": [0.5, 0.9], "weight_decay": 0.2}, Net())
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["betas"] == (0.5, 0.9)
+    with pytest.raises(UserError, match="Did you mean 'weight_decay'"):
+        build_optimizer({"name": "adam", "weight_deca": 0.2}, Net())
+    with pytest.raises(UserError, match="Did you mean 'adamw'"):
+        build_optimizer({"name": "adamww"}, Net())
+    with pytest.raises(UserError, match="must be a number"):
+        build_optimizer({"name": "adam", "lr": "fast"}, Net())
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    optimizer = build_optimizer({"name": "sgd", "lr": 1.0}, Net())
+    schedule = build_schedule({"name": "cosine", "warmup_epochs": 2}, optimizer, total_steps=20, steps_per_epoch=2)
+    rates = []
+    for _ in range(20):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == pytest.approx(1.0)
+    assert rates[12] == pytest.approx(0.5)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+def test_schedule_names_its_keys():
+    optimizer = build_optimizer({"name": "sgd", "lr": 1.0}, Net())
+    with pytest.raises(UserError, match=r"power.*warmup_epochs"):
+        build_schedule({"name": "poly", "powr": 2}, optimizer, 10, 1)
+    with pytest.raises(UserError, match="warmup_epochs: must be"):
+        build_schedule({"name": "poly", "warmup_epochs": "two"}, optimizer, 10, 1)
+
+
+def test_freeze_by_pattern_and_refusal_of_a_pattern_without_match():
+    net = Net()
+    assert freeze(net, ["backbone.*"]) == ["backbone.bias", "backbone.weight"]
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
+    with pytest.raises(UserError, match=r"'bakbone.\*' matches no parameter"):
+        freeze(net, ["bakbone.*"])
+    freeze(net, ["*"])
+    with pytest.raises(UserError, match="nothing is left to train"):
+        build_optimizer({"name": "sgd", "lr": 1.0}, net)

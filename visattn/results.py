@@ -1,0 +1,151 @@
+"""What a finished run leaves for people: the table of cases, the summary, overlays, curves and the report."""
+
+import csv
+import io
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visattn import NOTICE
+from visattn.checkpoint import library_versions
+from visattn.data.images import prepare
+from visattn.files import write_text_atomic
+from visattn.inference import predict_probabilities
+from visattn.metrics import summarise
+from visattn.overlay import draw_overlay, write_png
+from visattn.report import write_curves, write_report
+from visattn.runs import is_first_process
+from visattn.task import THRESHOLD, SegmentationTask
+
+OVERLAYS = 3  # pictures of each kind: the worst, the median and the best cases by Dice
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
+
+
+def write_results(
+    folder: Path, task: SegmentationTask, data: Any, split: str, checkpoint: Path, seconds: float, epoch: int | None = None
+) -> None:
+    """Write `cases.csv`, `summary.json`, `overlays/`, `curves.png` and `report.html` into `folder`.
+
+    Every process of a distributed run calls this, since the cases are gathered; the first one writes.
+
+    Args:
+        folder: The run folder, or the folder of one evaluation.
+        task: Has just validated or tested with the suite `full`.
+        data: The data module.
+        split: `val` or `test`.
+        checkpoint: The weights that were scored.
+        seconds: How long the training or evaluation took.
+        epoch: Epoch of the checkpoint, counted from 0.
+    """
+    assert task.validation_metrics is not None
+    rows = task.validation_metrics.rows()
+    means = task.validation_metrics.compute()
+    if not is_first_process():
+        return
+    write_cases(folder / "cases.csv", rows, split)
+    summary = {
+        "notice": NOTICE,
+        "recipe": task.recipe_name,
+        "split": split,
+        "cases": len(data.cases[split]),
+        "checkpoint": os.path.relpath(checkpoint, folder),
+        "best_epoch": epoch,
+        "metrics": [_finite(asdict(entry)) for entry in summarise(rows)],
+        "means": _finite(means),
+        "data": {
+            "description": data.description,
+            "fingerprint": data.fingerprint,
+            "counts": {name: len(cases) for name, cases in data.cases.items()},
+        },
+        "hardware": hardware(task.device),
+        "seconds": round(seconds, 1),
+        "versions": library_versions(),
+    }
+    write_text_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _write_overlays(folder / "overlays", task, data, data.cases[split], rows)
+    if (folder / "metrics.csv").is_file():
+        write_curves(folder)
+    write_report(folder)
+
+
+def write_cases(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+    """Write the table of cases x classes; an undefined value is an empty cell."""
+    text = io.StringIO()
+    columns = ["case", "group", "class", "split", *(key for key in rows[0] if key not in {"case", "group", "class"})]
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        cells = {"split": split} | {
+            key: "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+            for key, value in row.items()
+        }
+        for key in ("case", "group", "class"):
+            if str(cells[key]).startswith(_FORMULA):
+                cells[key] = f"'{cells[key]}"
+        writer.writerow(cells)
+    write_text_atomic(path, text.getvalue())
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN is not JSON: what is undefined becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def choose(rows: Sequence[Mapping[str, Any]], count: int = OVERLAYS) -> dict[str, tuple[str, float]]:
+    """File prefix, as `worst-1`, to case name and Dice, for the cases worth looking at.
+
+    A case is judged by the mean Dice over its classes that have one. No case is chosen twice.
+    """
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if row["dice"] is not None:
+            scores.setdefault(str(row["case"]), []).append(float(row["dice"]))
+    order = sorted((sum(values) / len(values), case) for case, values in scores.items())
+    middle = max(0, (len(order) - count) // 2)
+    kinds = {
+        "worst": order[:count],
+        "median": order[middle : middle + count],
+        "best": list(reversed(order[-count:])),
+    }
+    chosen: dict[str, tuple[str, float]] = {}
+    seen: set[str] = set()
+    for kind in ("worst", "best", "median"):
+        for score, case in kinds[kind]:
+            if case not in seen:
+                seen.add(case)
+                number = sum(key.startswith(kind) for key in chosen) + 1
+                chosen[f"{kind}-{number}"] = (case, score)
+    return chosen
+
+
+def _write_overlays(
+    folder: Path, task: SegmentationTask, data: Any, cases: Sequence[Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    by_name = {case.name: case for case in cases}
+    assert task.network is not None
+    task.network.eval()
+    for prefix, (name, score) in choose(rows).items():
+        image, truth = data.read_case(by_name[name])
+        batch = prepare(image, data.preprocessing)[None].to(task.device)
+        (probability,) = predict_probabilities(task.network, batch, [truth.shape], task.labels.activation)
+        predicted = task.labels.from_probabilities(probability, THRESHOLD)
+        safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
+        picture = draw_overlay(image, predicted, task.labels, truth, note=f"Dice {score:.3f}")
+        write_png(folder / f"{prefix}-{safe}.png", picture)
