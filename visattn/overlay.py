@@ -116,11 +116,6 @@ def safe_name(name: str, limit: int = 100) -> str:
     return text.encode()[:limit].decode("utf-8", "ignore").strip(".") or "_"
 
 
-def overlay_path(folder: Path | str, kind: str, rank: int, case: str) -> Path:
-    """Where the overlay of a case lies in a run: `overlays/worst-1-NAME.png`, found again by the report."""
-    return Path(folder) / f"{kind}-{rank}-{safe_name(case)}.png"
-
-
 def _enlarged(array: NDArray[Any], factor: int) -> NDArray[Any]:
     return array if factor == 1 else array.repeat(factor, axis=0).repeat(factor, axis=1)
 
