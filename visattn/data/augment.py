@@ -112,7 +112,7 @@ class Elastic:
 
     def __post_init__(self) -> None:
         _check("elastic", "strength", self.strength, 0, 0.2)
-        _check("elastic", "cells", self.cells, 1, 32)
+        _check("elastic", "cells", self.cells, 1, 32, whole=True)
 
     def displacement(self, rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
         """Shifts in pixels along x and y, (H, W, 2)."""
@@ -215,7 +215,7 @@ class Cutout:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("cutout", "holes", self.holes, 1, 100)
+        _check("cutout", "holes", self.holes, 1, 100, whole=True)
         _check_pair("cutout", "size", self.size, 0.01, 1)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
@@ -338,9 +338,12 @@ def _swap_table(entry: Augmentation, labels: Labels) -> NDArray[np.uint8] | None
     if not isinstance(entry, FlipHorizontal | FlipVertical) or not entry.swap_labels:
         return None
     table = np.arange(256, dtype=np.uint8)
-    for pair in entry.swap_labels:
-        if isinstance(pair, str) or len(pair) != 2:
-            raise UserError(f"augment: swap_labels needs pairs, as in [[left_lung, right_lung]]; got {pair!r:.80}")
+    pairs = entry.swap_labels
+    if not isinstance(pairs, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
+    ):
+        raise UserError(f"augment: swap_labels needs pairs, as in [[left_lung, right_lung]]; got {pairs!r:.80}")
+    for pair in pairs:
         for name in pair:
             if name not in labels.names:
                 raise unknown("label in swap_labels", str(name), labels.names)
@@ -372,9 +375,11 @@ def _transform(name: str, **arguments: Any) -> Any:
     return getattr(albumentations, name)(p=1.0, **arguments)
 
 
-def _check(name: str, key: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"augment: {name}.{key} must be a number of {low}..{high}, got {value!r:.60}")
+def _check(name: str, key: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "whole number" if whole else "number"
+        raise UserError(f"augment: {name}.{key} must be a {kind} of {low}..{high}, got {value!r:.60}")
 
 
 def _check_pair(name: str, key: str, value: Any, low: float, high: float) -> None:

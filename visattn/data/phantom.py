@@ -142,7 +142,7 @@ def _polyp(rng: np.random.Generator, noise: "_Noise", x: Field, y: Field, near: 
     kind = str(rng.choice(list(_KINDS), p=[share for share, _, _ in _KINDS.values()]))
     _, tall, dark = _KINDS[kind]
     draw = rng.uniform
-    size = near * draw(0.07, 0.19) * (1.3 if kind == "flat" else 1)
+    size = near * draw(0.08, 0.22) * (1.3 if kind == "flat" else 1)
     turn, stretch = draw(0, math.pi), draw(1, 1.6)
     along = (math.cos(turn) * x + math.sin(turn) * y) / stretch
     aside = math.cos(turn) * y - math.sin(turn) * x

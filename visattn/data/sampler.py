@@ -72,7 +72,8 @@ class EpochSampler(Sampler[list[Key]]):
 class ShardSampler(Sampler[list[int]]):
     """Yields each case once in all, and equally many batches on every device, so that no device waits for another.
 
-    Nothing is repeated to fill up; batches may differ in size by one. That needs at least one case per device.
+    Nothing is repeated to fill up; batches may differ in size by one. That needs at least one case per device, and
+    where `batch_size` is 1 some batches hold 2.
 
     Args:
         length: Number of cases, at least `world`.
@@ -82,7 +83,7 @@ class ShardSampler(Sampler[list[int]]):
     """
 
     def __init__(self, length: int, batch_size: int, rank: int = 0, world: int = 1) -> None:
-        self.batches = -(-length // (batch_size * world))
+        self.batches = min(-(-length // (batch_size * world)), length // world)
         self.mine = np.arange(rank, length, world)
 
     def __len__(self) -> int:
