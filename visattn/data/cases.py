@@ -5,9 +5,11 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,7 +78,6 @@ class CaseReader:
     def __init__(self, labels: Labels, channels: Literal[1, 3]) -> None:
         self.labels = labels
         self.channels = channels
-        self._phantom: dict[str, Pair] = {}
 
     def __call__(self, case: Case) -> Pair:
         """Read `case`.
@@ -97,12 +98,16 @@ class CaseReader:
         return image, self.labels.encode(values, str(case.mask))
 
     def _phantom_case(self, name: str) -> Pair:
-        if not self._phantom:
-            for image, mask, key in phantom_images(PHANTOM_COUNT, PHANTOM_SEED):
-                if self.channels == 1:
-                    image = np.round(image @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)[..., None]
-                self._phantom[key] = (image, mask)
-        return self._phantom[name]
+        image, mask = embedded()[name]
+        if self.channels == 1:
+            image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)[..., None]
+        return image, mask
+
+
+@lru_cache(maxsize=1)
+def embedded() -> dict[str, Pair]:
+    """The images and masks of the word phantom, by name; made once in a process, in some two seconds."""
+    return {name: (image, mask) for image, mask, name in phantom_images(PHANTOM_COUNT, PHANTOM_SEED)}
 
 
 def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
@@ -165,7 +170,7 @@ def check_cases(
         return Checked(digest.hexdigest(), bool(((mask != 0) & (mask != IGNORE)).any()), kept)
 
     if any(case.root == PHANTOM for case in cases):
-        reader(next(case for case in cases if case.root == PHANTOM))  # once, before the threads ask for it
+        embedded()  # once, before the threads ask for it
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
         results = list(pool.map(check, cases))
     return [r for r in results if isinstance(r, Checked)], [r for r in results if isinstance(r, str)]
