@@ -2,7 +2,7 @@
 
     python benchmarks/polyp_score.py NETWORK RUN OUT [--sheet N] KEY=VALUE ...
 
-Writes RUN/test.json: every metric of every test case. With --sheet also OUT/overlays_NETWORK.jpg: N test images, the
+Writes RUN/test.json: every metric of every test case. With --sheet also OUT/overlays_NETWORK.png: N test images, the
 same for every network, with the outlines of truth and prediction.
 """
 
@@ -23,10 +23,10 @@ from visattn.checkpoint import build_network, read_checkpoint
 from visattn.data.image_mask_folder import ImageMaskFolder
 from visattn.inference import predict_probabilities
 from visattn.metrics import case_metrics
-from visattn.overlay import draw_overlay
+from visattn.overlay import draw_overlay, write_png
 
 THRESHOLD = 0.5
-TILE = 360  # pixels, width of a picture on the sheet
+TILE = (430, 360)  # pixels, height and width of a picture with its legend on the sheet
 
 
 def load(network: str, run: Path) -> nn.Module:
@@ -74,9 +74,9 @@ def sheet(
     for case in chosen:
         image, truth = data.read_case(case)
         drawn = draw_overlay(image, predictions[case.name], data.labels, truth, f"Dice {dice[case.name] or 0:.2f}")
-        height = round(drawn.shape[0] * TILE / drawn.shape[1])
-        small = cv2.resize(drawn, (TILE, height), interpolation=cv2.INTER_AREA)[:TILE]
-        tiles.append(np.pad(small, ((0, TILE - small.shape[0]), (0, 0), (0, 0))))
+        scale = min(TILE[0] / drawn.shape[0], TILE[1] / drawn.shape[1])
+        small = cv2.resize(drawn, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)[: TILE[0], : TILE[1]]
+        tiles.append(np.pad(small, ((0, TILE[0] - small.shape[0]), (0, TILE[1] - small.shape[1]), (0, 0))))
     columns = 4
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
@@ -104,7 +104,7 @@ def main() -> None:
     if options.sheet:
         options.output.mkdir(parents=True, exist_ok=True)
         picture = sheet(data, predictions, rows, options.sheet)
-        cv2.imwrite(str(options.output / f"overlays_{options.network}.jpg"), picture[..., ::-1])
+        write_png(options.output / f"overlays_{options.network}.png", picture)
 
 
 if __name__ == "__main__":

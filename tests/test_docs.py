@@ -172,7 +172,7 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "line", ["fit --config polyp_pranet --data.rot x", "predict a --checkpoint b --output c --overlay d", "trian"]
+    "line", ["fit --config polyp_pranet --data.rot x", "predict a --checkpoint b --output c --overlaps d", "trian"]
 )
 def test_a_command_that_does_not_exist_is_refused(line, tmp_path):
     from visattn.errors import UserError
@@ -181,7 +181,7 @@ def test_a_command_that_does_not_exist_is_refused(line, tmp_path):
     page.write_text(f"```sh\ncd photos\nvisattn {line}  # a comment\n```\n")
     (words,) = commands(page)
     assert words == line.split()
-    with pytest.raises(UserError, match=r"rot|overlay|trian"):
+    with pytest.raises(UserError, match=r"rot|overlaps|trian"):
         check_command(words)
 
 
