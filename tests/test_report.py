@@ -1,5 +1,6 @@
 import csv
 import json
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -248,3 +249,12 @@ def test_metrics_of_one_epoch_on_several_rows(tmp_path):
     series = read_metrics(tmp_path / "metrics.csv")
     assert series["val/dice"] == {0: 0.5, 1: 0.6}
     assert series["train/loss"] == {0: 2.0}
+
+
+def test_without_the_extra_nothing_breaks(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)  # import fails
+    assert write_report(run) is None
+    assert "visattn[report]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert write_curves(run) is None
+    assert not (run / "report.html").exists()

@@ -44,12 +44,15 @@ def write_curves(run_dir: Path | str) -> Path | None:
     """Draw `curves.png` from `metrics.csv` in a run folder.
 
     Returns:
-        The picture, or None if there is nothing to draw.
+        The picture, or None if there is nothing to draw or matplotlib is not installed.
     """
     # The object interface, not pyplot: it needs no display, keeps no global state and is safe in a thread.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:  # the extra `report`; write_report says so
+        return None
 
     run_dir = Path(run_dir)
     series = read_metrics(run_dir / "metrics.csv")

@@ -131,7 +131,12 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing, flo
             raise ValueError("preprocessing: a number is not finite")
         if min(preprocessing.std) <= 0:
             raise ValueError("preprocessing: std must be above 0")
-        for key, expected in (("classes", labels.channels), ("in_channels", preprocessing.channels)):
+        expectations = {
+            "classes": labels.channels,
+            "in_channels": preprocessing.channels,
+            "activation": labels.activation,
+        }
+        for key, expected in expectations.items():
             if checkpoint.network.get(key, expected) != expected:
                 raise ValueError(f"network.{key} is {checkpoint.network[key]}, not {expected}")
     except (KeyError, TypeError, ValueError, UserError) as error:

@@ -11,14 +11,14 @@ import io
 import json
 import math
 import re
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from visattn import NOTICE, __version__
@@ -26,6 +26,9 @@ from visattn.curves import read_metrics, write_curves
 from visattn.errors import UserError
 from visattn.files import write_bytes_atomic
 from visattn.metrics import METRICS, Summary, summarise
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["write_curves", "write_report"]
 
@@ -70,14 +73,14 @@ class Section:
     histogram: list[int]
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str) -> Path | None:
     """Write `report.html` into a run folder.
 
     Args:
         run_dir: A run folder, or the folder of one evaluation in it.
 
     Returns:
-        The file written.
+        The file written; None, after a line on stderr, where the extra `report` is not installed.
 
     Raises:
         UserError: The folder does not exist, or a table in it cannot be read.
@@ -85,6 +88,10 @@ def write_report(run_dir: Path | str) -> Path:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run folder.")
+    environment = _environment()
+    if environment is None:
+        print(f"no {run_dir / 'report.html'}: needs pip install 'visattn[report]'", file=sys.stderr)
+        return None
     summary = _read_summary(run_dir / "summary.json")
     rows = _read_cases(run_dir / "cases.csv")
     about = summary.get("data")
@@ -92,7 +99,7 @@ def write_report(run_dir: Path | str) -> Path:
     config = run_dir / "config.yaml"
     curves = run_dir / "curves.png"
     epochs = read_metrics(run_dir / "metrics.csv").get("epoch", {})
-    content = _environment().get_template("report.html").render(
+    content = environment.get_template("report.html").render(
         notice=NOTICE,
         version=__version__,
         title=str(summary.get("recipe") or run_dir.resolve().name),
@@ -114,7 +121,11 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
-def _environment() -> Environment:
+def _environment() -> "Environment | None":
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        return None
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
