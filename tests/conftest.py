@@ -11,3 +11,13 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("VISATTN_REAL_DATA is not set")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def polyps(tmp_path_factory) -> Path:
+    """A folder with images/ and masks/ of 12 small synthetic cases."""
+    from visattn.data.phantom import write_phantom
+
+    folder = tmp_path_factory.mktemp("polyps")
+    write_phantom(folder, 12, seed=5, size=(64, 80))
+    return folder

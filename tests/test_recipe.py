@@ -34,7 +34,7 @@ def test_recipe_by_path_packaged_name_and_nearest_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # no recipes/ here: the packaged file is meant
     assert find_recipe("polyp_pranet") == packaged_recipes()["polyp_pranet"]
     assert find_recipe("recipes/polyp_pranet.yaml") == packaged_recipes()["polyp_pranet"]
-    with pytest.raises(UserError, match="Did you mean 'polyp_pranet'"):
+    with pytest.raises(UserError, match=r"Did you mean 'polyp_pranet'"):
         find_recipe("polyp_pranett")
     with pytest.raises(UserError, match="no such file"):
         find_recipe("elsewhere/polyp_pranet.yaml")
@@ -68,7 +68,7 @@ def test_override_values_are_yaml_but_paths_and_expressions_stay_text():
 
 
 def test_override_without_value_or_below_a_value_is_named():
-    with pytest.raises(UserError, match="--data.root: needs a value"):
+    with pytest.raises(UserError, match=r"--data\.root: needs a value"):
         parse_overrides(["--data.root", "--data.size", "3"])
     with pytest.raises(UserError, match="no keys below"):
         apply_override(tree(), ["data", "root", "x"], 1)

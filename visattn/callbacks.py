@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from visattn.files import write_text_atomic
 
@@ -60,7 +68,7 @@ class EpochTable(L.Callback):
         self._rows: list[dict[str, str]] = []
         self._started = 0.0
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the rows of the epochs that the checkpoint has seen."""
         if self.path.is_file():
             with self.path.open(newline="") as handle:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,8 +32,12 @@ def _add_recipe_commands(commands: Any) -> None:
     }
     for name, text in texts.items():
         parser = commands.add_parser(
-            name, help=text, description=text, epilog=RECIPE_HELP, allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=RECIPE_HELP,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument(
             "--config",
@@ -42,7 +47,11 @@ def _add_recipe_commands(commands: Any) -> None:
             metavar="RECIPE",
             help="path of a YAML recipe, or the name of a packaged one; repeatable, later ones lie over earlier ones",
         )
-        what = "continue the run: last, or a checkpoint in its folder" if name == "fit" else "best (default), last or a file"
+        what = (
+            "continue the run: last, or a checkpoint in its folder"
+            if name == "fit"
+            else "best (default), last or a file"
+        )
         parser.add_argument("--ckpt_path", metavar="CKPT", help=what)
         parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/<recipe>/<time>, or the newest)")
         parser.add_argument("--print_config", action="store_true", help="print the complete recipe and stop")
@@ -52,19 +61,31 @@ def _add_recipe_commands(commands: Any) -> None:
 def _add_predict(commands: Any) -> None:
     text = "write masks for images or folders of images"
     parser = commands.add_parser("predict", help=text, description=text)
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="image file, or folder searched with its subfolders")
-    parser.add_argument("--checkpoint", required=True, type=Path, metavar="C", help=".ckpt of a run, or exported .safetensors")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for masks; mirrors the input folders")
-    parser.add_argument("--probabilities", action="store_true", help="also write 16-bit PNG probabilities, one for each class")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, metavar="INPUT", help="image file, or folder searched with its subfolders"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=Path, metavar="C", help=".ckpt of a run, or exported .safetensors"
+    )
+    parser.add_argument(
+        "--output", required=True, type=Path, metavar="DIR", help="folder for masks; mirrors the input folders"
+    )
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write 16-bit PNG probabilities, one for each class"
+    )
     parser.add_argument("--overlays", action="store_true", help="also write images with the prediction's outline")
-    parser.add_argument("--threshold", type=float, default=0.5, help="foreground from this probability on (default: 0.5)")
-    parser.add_argument("--tta", choices=("none", "flips"), default="none", help="average over flipped images (default: none)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="foreground from this probability on (default: 0.5)"
+    )
+    parser.add_argument(
+        "--tta", choices=("none", "flips"), default="none", help="average over flipped images (default: none)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
     parser.add_argument("--overwrite", action="store_true", help="predict again what is already there")
     parser.set_defaults(call=_predict)
 
 
-def _build_parser() -> _Parser:
+def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     parser = _Parser(
         prog="visattn",
         description="Attention networks for medical images: train from a recipe, predict masks.",
@@ -82,7 +103,9 @@ def _build_parser() -> _Parser:
 
     text = "list networks and registered backbones"
     models = commands.add_parser("models", help=text, description=text)
-    models.add_argument("pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern of names (default: *)")
+    models.add_argument(
+        "pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern of names (default: *)"
+    )
     models.add_argument("--json", action="store_true", help="as JSON")
     models.set_defaults(call=_models)
 
@@ -98,7 +121,7 @@ def _build_parser() -> _Parser:
     phantom.add_argument("--count", type=int, default=24, help="number of images (default: 24)")
     phantom.add_argument("--seed", type=int, default=1, help="another seed, other images (default: 1)")
     phantom.set_defaults(call=_phantom)
-    return parser
+    return parser, commands.choices
 
 
 def _run_stage(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -189,8 +212,7 @@ def _check_rest(parser: argparse.ArgumentParser, command: str, rest: Sequence[st
     if not rest or command in {"fit", "validate", "test"}:
         return
     name = rest[0].split("=")[0]
-    actions = parser._subparsers._group_actions[0].choices[command]._actions  # type: ignore[union-attr, index, call-overload]
-    guess = nearest(name, [option for action in actions for option in action.option_strings])
+    guess = nearest(name, re.findall(r"--\w[\w-]*", parser.format_help()))
     hint = f" Did you mean {guess}?" if guess else ""
     raise UserError(f"{command}: unknown argument {name}.{hint}\nSee: visattn {command} --help")
 
@@ -199,13 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 some cases failed, 2 a mistake in what was asked."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        parser = _build_parser()
-        _check_command(arguments, list(parser._subparsers._group_actions[0].choices))  # type: ignore[union-attr, arg-type]
+        parser, commands = _build_parser()
+        _check_command(arguments, list(commands))
         options, rest = parser.parse_known_args(arguments)
         if options.command is None:
             parser.print_help()
             return 0
-        _check_rest(parser, options.command, rest)
+        _check_rest(commands[options.command], options.command, rest)
         call: Callable[[argparse.Namespace, Sequence[str]], int] = options.call
         return call(options, rest)
     except UserError as error:

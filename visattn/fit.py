@@ -19,16 +19,17 @@ from typing import Any, cast
 
 import lightning as L
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from visattn import recipe as recipes
 from visattn.callbacks import EpochTable, RandomState, TrainingProgress
 from visattn.checkpoint import load_plain
 from visattn.checkpoint_io import AtomicCheckpointIO
+from visattn.data import DATA
 from visattn.errors import UserError, nearest
 from visattn.files import write_text_atomic
 from visattn.results import write_results
@@ -42,7 +43,7 @@ class RecipeCLI(LightningCLI):
     """LightningCLI as a parser alone: it validates and builds, and leaves the Trainer to `run_stage`."""
 
     def __init__(self, tree: dict[str, Any]) -> None:
-        allowed = [*recipes.TASKS.values(), *recipes.DATA.values(), *recipes.CALLBACKS.values()]
+        allowed = [*recipes.TASKS.values(), *DATA.values(), *recipes.CALLBACKS.values()]
         # LightningCLI switches reading over fsspec on, which would fetch URLs; subclass specs inside values of type
         # Any would be instantiated. Both off: a recipe is data.
         set_parsing_settings(
@@ -73,7 +74,7 @@ class RecipeCLI(LightningCLI):
     @property
     def resolved(self) -> dict[str, Any]:
         """The complete recipe with every default, as plain values."""
-        text = cast(ArgumentParser, self.parser).dump(self.config, skip_none=False)
+        text = cast(ArgumentParser, self.parser).dump(self.config)
         return cast(dict[str, Any], yaml.safe_load(text))
 
     def build(self) -> tuple[SegmentationTask, Any]:
@@ -87,9 +88,13 @@ class RecipeCLI(LightningCLI):
 
     def build_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer of the recipe; `kwargs` win, and their callbacks are added to the recipe's."""
-        own = self.parser.instantiate_classes(Namespace(trainer=self.config.trainer)).trainer.as_dict()
+        own = self.config.trainer.as_dict()
         given = own["callbacks"] or []
-        callbacks = [*(given if isinstance(given, list) else [given]), *kwargs.pop("callbacks", [])]
+        callbacks = [
+            _named(item["class_path"])(**item.get("init_args", {}))
+            for item in (given if isinstance(given, list) else [given])
+        ]
+        callbacks += kwargs.pop("callbacks", [])
         try:
             return L.Trainer(**{**own, **kwargs, "callbacks": callbacks})
         except (MisconfigurationException, ValueError) as error:
@@ -211,14 +216,15 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
         write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
         data.write_splits(run / "splits.json")
 
-    keep = ModelCheckpoint(
-        dirpath=run / "checkpoints",
-        filename="best",
-        monitor=MONITOR,
-        mode="max",
-        save_last=True,
-        enable_version_counter=False,
-    )
+    # Two callbacks: Lightning's own save_last renews last.ckpt only when best.ckpt changes. The best comes first, so
+    # that last.ckpt knows of it.
+    where: dict[str, Any] = {
+        "dirpath": run / "checkpoints",
+        "enable_version_counter": False,
+        "save_on_train_epoch_end": True,
+    }
+    keep = ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **where)
+    last = ModelCheckpoint(filename="last", **where)
     trainer = cli.build_trainer(
         default_root_dir=str(run),
         logger=TensorBoardLogger(run, name="tensorboard", version=""),
@@ -227,6 +233,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
         enable_model_summary=False,
         callbacks=[
             keep,
+            last,
             RandomState(int(cli.config.seed_everything)),
             EpochTable(run / "metrics.csv"),
             TrainingProgress(),
@@ -292,6 +299,7 @@ def _quiet() -> Iterator[None]:
             ".*The number of training batches.*is smaller than the logging interval.*",
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*isinstance.treespec, LeafSpec.*",
+            ".*callbacks used to create the checkpoint need to be provided.*",
             ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ):
             warnings.filterwarnings("ignore", message=message)

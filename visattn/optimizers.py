@@ -13,14 +13,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from visattn.errors import UserError, unknown
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
 
 
-def _keywords(function: Callable[..., Any], block: Mapping[str, Any], where: str, skip: Iterable[str]) -> dict[str, Any]:
+def _keywords(
+    function: Callable[..., Any], block: Mapping[str, Any], where: str, skip: Iterable[str]
+) -> dict[str, Any]:
     """`block` without its name, refused when it holds a key that `function` does not take."""
     valid = [name for name in inspect.signature(function).parameters if name not in {"self", *skip}]
     keywords = {key: value for key, value in block.items() if key != "name"}
@@ -38,7 +40,7 @@ def parameter_groups(
     Vectors and scalars (biases, norm scales) are not decayed, nor is what a network names in `no_weight_decay()`.
     Parameters under `backbone.` get `lr * backbone_lr_factor`. Frozen parameters are left out.
     """
-    skip = getattr(network, "no_weight_decay", set)()
+    skip: Iterable[str] = getattr(network, "no_weight_decay", tuple)()
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -53,7 +55,7 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     name = config.get("name", "adamw")
     if name not in OPTIMIZERS:
         raise unknown("optimizer", str(name), OPTIMIZERS)
-    keywords = _keywords(OPTIMIZERS[name].__init__, config, "model.optimizer", skip=("params", "defaults"))
+    keywords = _keywords(OPTIMIZERS[name], config, "model.optimizer", skip=("params", "defaults"))
     for key in ("lr", "weight_decay"):
         if key in keywords and (isinstance(keywords[key], bool) or not isinstance(keywords[key], int | float)):
             raise UserError(f"model.optimizer.{key}: must be a number, got '{keywords[key]}'")
@@ -79,7 +81,7 @@ def cosine(progress: float, floor: float = 0.0) -> float:
 
 def poly(progress: float, power: float = 0.9) -> float:
     """(1 - progress) ** power."""
-    return (1 - progress) ** power
+    return float((1 - progress) ** power)
 
 
 def constant(progress: float) -> float:
@@ -124,7 +126,7 @@ def build_schedule(
     def factor(done: int) -> float:
         if done < warmup:
             return (done + 1) / (warmup + 1)
-        return curve(min((done - warmup) / max(total_steps - warmup, 1), 1.0), **config)
+        return float(curve(min((done - warmup) / max(total_steps - warmup, 1), 1.0), **config))
 
     return LambdaLR(optimizer, factor)
 

@@ -1,14 +1,14 @@
 """Recipes: found by path or name, read safely, merged with the command line, and checked key by key.
 
-A recipe is one complete YAML file in LightningCLI's layout. Nothing here imports torch, and nothing that a file names is
-imported before it was found in a table: `class_path` is looked up in `TASKS`, `DATA` and `CALLBACKS` alone.
+A recipe is one complete YAML file in LightningCLI's layout. Nothing here imports torch, and nothing that a file names
+is imported before it was found in a table: `class_path` is looked up in `TASKS`, `DATA` and `CALLBACKS` alone.
 """
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -33,6 +33,10 @@ MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistak
 MAX_DEPTH = 20  # nesting; far beyond any recipe, far below Python's recursion limit
 
 
+def _refuse(loader: Any, problem: str) -> NoReturn:
+    raise yaml.constructor.ConstructorError(None, None, problem, loader.peek_event().start_mark)
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses duplicate keys, anchors and tags, and reads `5e-4` as a number as YAML 1.2 does."""
 
@@ -40,14 +44,10 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(
-                None, None, "aliases (*name) are not supported: write the value out", event.start_mark
-            )
+            _refuse(self, "aliases (*name) are not supported: write the value out")
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            event = self.peek_event()
-            raise yaml.constructor.ConstructorError(None, None, "nested too deeply", event.start_mark)
+            _refuse(self, "nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -78,7 +78,7 @@ def read_yaml(text: str, source: str) -> Any:
     if len(text) > MAX_BYTES:
         raise UserError(f"{source}: {len(text)} characters are too many for a YAML value or recipe")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -154,7 +154,7 @@ def _override_value(name: str, value: str) -> Any:
         parsed = read_yaml(value, f"--{name}")
     except UserError:
         return value
-    return value if isinstance(parsed, dict | list) or parsed is None and value not in {"null", "~"} else parsed
+    return value if isinstance(parsed, dict | list) or (parsed is None and value not in {"null", "~"}) else parsed
 
 
 def merge(base: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,13 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text th
 
 
 def write_results(
-    folder: Path, task: SegmentationTask, data: Any, split: str, checkpoint: Path, seconds: float, epoch: int | None = None
+    folder: Path,
+    task: SegmentationTask,
+    data: Any,
+    split: str,
+    checkpoint: Path,
+    seconds: float,
+    epoch: int | None = None,
 ) -> None:
     """Write `cases.csv`, `summary.json`, `overlays/`, `curves.png` and `report.html` into `folder`.
 

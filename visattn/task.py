@@ -1,6 +1,7 @@
 """The Lightning module that trains, validates and tests a segmentation network."""
 
 import copy
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +20,7 @@ from visattn.losses import build_loss
 from visattn.metrics import SegmentationMetrics, Suite
 from visattn.networks import check_network, create_model
 from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze
+from visattn.runs import is_first_process
 
 THRESHOLD = 0.5  # of the sigmoid, for binary labels and for regions
 
@@ -35,7 +37,7 @@ class SegmentationTask(L.LightningModule):
             path of a weights file).
         loss: `name` and its options, e.g. `{name: structure, pixel_weighted_bce: true}`.
         optimizer: `name` (adamw, adam, sgd), `lr`, `weight_decay` and the optimiser's own arguments.
-        schedule: `name` (cosine, poly, step, constant), `warmup_epochs` and the curve's own arguments; null is constant.
+        schedule: `name` (cosine, poly, step, constant), `warmup_epochs`, the curve's own arguments; null: constant.
         init_from: A visattn checkpoint whose weights the network starts from. Entries with another name or shape
             (another head, other input channels) are reported and left as initialised.
         freeze: Shell patterns of parameter names that do not train, e.g. `["backbone.*"]`.
@@ -58,7 +60,7 @@ class SegmentationTask(L.LightningModule):
         check_schedule(schedule or {"name": "constant"})
         if init_from is not None and not Path(init_from).is_file():
             raise UserError(f"model.init_from: no such file: {init_from}")
-        self.config = {
+        self.config: dict[str, Any] = {
             "network": dict(network),
             "loss": dict(loss),
             "optimizer": dict(optimizer),
@@ -97,10 +99,10 @@ class SegmentationTask(L.LightningModule):
         pretrained = self.config["network"].get("pretrained", False) if self.init_from is None else False
         self.network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
         if self.init_from is not None:
-            self.print(initialise_from(self.network, self.init_from))
+            _tell(initialise_from(self.network, self.init_from))
         frozen = freeze(self.network, self.freeze_patterns)
         if frozen:
-            self.print(f"frozen: {len(frozen)} parameter tensors")
+            _tell(f"frozen: {len(frozen)} parameter tensors")
         self.validation_metrics = SegmentationMetrics(self.labels)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -131,7 +133,7 @@ class SegmentationTask(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Log the learning rate that the epoch starts with."""
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1, sync_dist=True)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Loss at the network's size, metrics at each image's own size."""
@@ -153,9 +155,7 @@ class SegmentationTask(L.LightningModule):
         probabilities = predict_probabilities(
             lambda _: outputs, batch["image"], [target.shape for target in natives], self.labels.activation
         )
-        for case, group, truth, probability in zip(
-            batch["case"], batch["group"], natives, probabilities, strict=True
-        ):
+        for case, group, truth, probability in zip(batch["case"], batch["group"], natives, probabilities, strict=True):
             predicted = self.labels.from_probabilities(probability, THRESHOLD)
             self.validation_metrics.update(case, predicted, truth, probability, suite=self.suite, group=group)
         return loss.detach()
@@ -174,7 +174,7 @@ class SegmentationTask(L.LightningModule):
             return
         means = self.validation_metrics.compute()
         for name in ("dice", "iou"):
-            self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=False)
+            self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=True)  # equal everywhere
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Everything that `predict` needs rides in the checkpoint, as plain values."""
@@ -186,6 +186,11 @@ class SegmentationTask(L.LightningModule):
             data={"description": self.data.description, "fingerprint": self.data.fingerprint},
             threshold=THRESHOLD,
         )
+
+
+def _tell(text: str) -> None:
+    if is_first_process():
+        print(text, file=sys.stderr)
 
 
 def resize_indices(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
@@ -215,5 +220,3 @@ def initialise_from(network: nn.Module, path: str) -> str:
         if keys:
             lines.append(f"  {title} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}")
     return "\n".join(lines)
-
-
