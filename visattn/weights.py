@@ -8,6 +8,7 @@ import importlib
 import logging
 import pickle
 import struct
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return unwrap(load_file(path))
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            # A pickle protocol that torch does not write itself; what it cannot read, it refuses below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            return unwrap(torch.load(path, map_location="cpu", weights_only=True))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:

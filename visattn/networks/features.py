@@ -111,7 +111,9 @@ class TimmFeatures(nn.Module):
         trials = [(2 * coarsest * factor, 3 * coarsest * factor) for factor in _FACTORS] + [(height, width)]
         for factor, size in zip((*_FACTORS, None), trials, strict=True):
             try:
-                maps = self._channels_first(shadow(torch.empty(1, in_channels, *size, device="meta")))
+                # Both ways round, lest a trial be the one size that the model was built for.
+                for shape in (size,) if factor is None else (size[::-1], size):
+                    maps = self._channels_first(shadow(torch.empty(1, in_channels, *shape, device="meta")))
             except (RuntimeError, AssertionError, ValueError, NotImplementedError):
                 continue  # what a model raises for a size it was not built for
             if [feature.shape[1] for feature in maps] != [channels for channels, _ in self.features]:
