@@ -14,7 +14,7 @@ from visattn.data.sampler import Key
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
-    """Samples {image (C, h, w) float32, target (h, w) uint8 class indices, case, scale}.
+    """Samples {image (h, w, C) uint8, target (h, w) uint8 class indices, case, scale}, for `TrainingBatch` to stack.
 
     A sample depends on (seed, epoch, index) alone.
 
@@ -57,7 +57,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         # Seeding by a tuple hashes it, so neighbouring samples and epochs draw unrelated streams.
         image, mask = self.augmenter(image, mask, np.random.default_rng((self.seed, epoch, index)))
         return {
-            "image": normalise(image, self.preprocessing),
+            "image": image,
             "target": torch.tensor(mask),
             "case": self.cases[index].name,
             "scale": scale,
@@ -101,12 +101,30 @@ class EvaluationSet(Dataset[dict[str, Any]]):
         return resize_image(image, self.preprocessing.size), mask
 
 
-def collate_training(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Stack the samples of one batch, which share their scale."""
-    batch: dict[str, Any] = default_collate(
-        [{key: sample[key] for key in ("image", "target", "case")} for sample in samples]
-    )
-    return {**batch, "scale": samples[0]["scale"]}
+class TrainingBatch:
+    """Stacks training samples, which share their scale, to {image float32 (B, C, h, w), target, case, scale}.
+
+    Each image is normalised into its place in the batch: apart, these two steps take more than twice the time.
+
+    Args:
+        preprocessing: Says mean and std.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stack `samples`."""
+        height, width, channels = samples[0]["image"].shape
+        images = torch.empty(len(samples), channels, height, width)
+        for image, sample in zip(images, samples, strict=True):
+            normalise(sample["image"], self.preprocessing, out=image)
+        return {
+            "image": images,
+            "target": torch.stack([sample["target"] for sample in samples]),
+            "case": [sample["case"] for sample in samples],
+            "scale": samples[0]["scale"],
+        }
 
 
 def collate_evaluation(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from visattn.data.cases import (
     raise_problems,
     with_groups,
 )
-from visattn.data.dataset import EvaluationSet, TrainingSet, collate_evaluation, collate_training
+from visattn.data.dataset import EvaluationSet, TrainingBatch, TrainingSet, collate_evaluation
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from visattn.data.sampler import EpochSampler, ShardSampler
 from visattn.data.splits import Split, find_groups, split_cases, write_splits
@@ -135,7 +135,7 @@ class ImageMaskFolder(LightningDataModule):
         rank, world = _rank()
         data = self._sets["train"]
         sampler = EpochSampler(len(data), self.batch_size, self.seed, self.scales, rank, world)
-        return self._loader(data, sampler, collate_training)
+        return self._loader(data, sampler, TrainingBatch(self.preprocessing))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation cases."""

@@ -151,13 +151,19 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     return np.asarray(cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
 
 
-def normalise(image: NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
-    """Pixels (H, W, C) of 0..255 to a float32 tensor (C, H, W): scaled to 0..1, minus mean, over std."""
+def normalise(image: NDArray[np.uint8], preprocessing: Preprocessing, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Pixels (H, W, C) of 0..255 to a float32 tensor (C, H, W): scaled to 0..1, minus mean, over std.
+
+    Args:
+        image: The pixels.
+        preprocessing: Says mean and std.
+        out: Where to put the result, such as a place in a batch; by default a new tensor.
+    """
     std = torch.tensor(preprocessing.std)
     scale = (1.0 / (255.0 * std)).view(-1, 1, 1)
     shift = (-torch.tensor(preprocessing.mean) / std).view(-1, 1, 1)
-    pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-    return pixels.to(torch.float32).mul_(scale).add_(shift)
+    out = torch.empty(image.shape[2], *image.shape[:2]) if out is None else out
+    return out.copy_(torch.from_numpy(image).permute(2, 0, 1)).mul_(scale).add_(shift)
 
 
 def prepare(image: NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
