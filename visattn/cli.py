@@ -18,7 +18,10 @@ Every key of the recipe can be set after the options, for example
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser whose mistakes are `UserError`s."""
+    """Argument parser whose mistakes are `UserError`s; options are written out, as a recipe's keys are."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}\nSee: {self.prog} --help")
@@ -36,7 +39,6 @@ def _add_recipe_commands(commands: Any) -> None:
             help=text,
             description=text,
             epilog=RECIPE_HELP,
-            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         parser.add_argument(
@@ -159,7 +161,8 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool) -> int:
 
     table = Table(box=box.SIMPLE_HEAD)
     for column in rows[0] if rows else ():
-        table.add_column(column)
+        long = column in {"about", "paper"}
+        table.add_column(column, no_wrap=column == "name", min_width=26 if long else None)
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
     Console().print(table)

@@ -119,9 +119,9 @@ def build_schedule(
     config = dict(config or {"name": "constant"})
     check_schedule(config)
     curve = SCHEDULES[config.pop("name", "constant")]
-    warmup = round(config.pop("warmup_epochs", 0) * steps_per_epoch)
+    warmup = round(float(config.pop("warmup_epochs", 0)) * steps_per_epoch)
     if warmup >= total_steps > 0:
-        warmup = max(total_steps // 2, 0)  # a short run (fast_dev_run, a demo) still reaches its full rate
+        warmup = total_steps // 2  # a short run (fast_dev_run, a demo) still reaches its full rate
 
     def factor(done: int) -> float:
         if done < warmup:

@@ -291,7 +291,7 @@ def describe_recipes() -> list[dict[str, Any]]:
                 "task": tree["model"]["class_path"].removesuffix("Task").lower(),
                 "network": " + ".join(str(network[key]) for key in ("name", "backbone") if key in network),
                 "data": str(data.get("root", "")),
-                "size": str(data.get("size", "")),
+                "input": str(data.get("size", "")),
                 "epochs": tree.get("trainer", {}).get("max_epochs", ""),
                 "about": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
             }
