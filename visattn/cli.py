@@ -151,7 +151,7 @@ def _predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     )
 
 
-def _table(rows: Sequence[dict[str, Any]], as_json: bool) -> int:
+def _table(rows: Sequence[dict[str, Any]], as_json: bool, columns: Sequence[str] = ()) -> int:
     if as_json:
         print(json.dumps(rows, indent=2))
         return 0
@@ -160,11 +160,13 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool) -> int:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for column in rows[0] if rows else ():
+    columns = columns or list(rows[0])
+    for column in columns:
         long = column in {"about", "paper"}
         table.add_column(column, no_wrap=column == "name", min_width=26 if long else None)
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+        values = (row[column] for column in columns)
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in values))
     Console().print(table)
     return 0
 
@@ -172,7 +174,7 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool) -> int:
 def _recipes(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from visattn.recipe import describe_recipes
 
-    return _table(describe_recipes(), options.json)
+    return _table(describe_recipes(), options.json, ("name", "network", "about"))
 
 
 def _models(options: argparse.Namespace, rest: Sequence[str]) -> int:
