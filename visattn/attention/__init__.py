@@ -6,12 +6,23 @@ supports in `supported_ranks`. `ATTENTION` holds blocks with one input, `FUSION`
 
 from torch import nn
 
+from visattn.attention.agent import AgentAttention
+from visattn.attention.ela import EfficientLocalAttention
 from visattn.attention.reverse import ReverseAttention
 
-ATTENTION: dict[str, type[nn.Module]] = {}
+ATTENTION: dict[str, type[nn.Module]] = {
+    "agent": AgentAttention,
+    "ela": EfficientLocalAttention,
+}
 """Blocks with one input, by the name that recipes use."""
 
 FUSION: dict[str, type[nn.Module]] = {"reverse": ReverseAttention}
 """Blocks with two inputs, by the name that recipes use."""
 
-__all__ = ["ATTENTION", "FUSION", "ReverseAttention"]
+__all__ = [
+    "ATTENTION",
+    "FUSION",
+    "AgentAttention",
+    "EfficientLocalAttention",
+    "ReverseAttention",
+]

@@ -1,0 +1,102 @@
+"""Efficient local attention: where along each axis to look, from strip averages and a 1-D convolution.
+
+Paper: Xu and Wan, "ELA: Efficient Local Attention for Deep Convolutional Neural Networks", arXiv 2403.01123: z_h and
+z_w are the means over the other axis, y = sigmoid(GN(Conv1d(z))), out = x * y_h * y_w.
+Official code: github.com/Xuwei86/ELA_Code, revision cd4594d (no licence file; nothing is copied from it). The names
+T, B, S and L are the paper's; that code has classes ELA72 and ELA73 whose settings differ from folder to folder.
+
+Deviations:
+- Rank 3: the strip of an axis is the mean over both others, and out = x * y_d * y_h * y_w, with the same convolution.
+- A strip of a single value (one group of one channel, a map of one position along the axis, batch of one) is normalised
+  like any other, to the norm's bias; torch's GroupNorm layer refuses it in training.
+
+As in the official code, convolution and norm are shared by all axes, while the norm's statistics are each axis's own.
+
+Legend: B batch, *S spatial axes, C channels, L length of an axis.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visattn.attention import _checks as check
+
+Variant = Literal["T", "B", "S", "L"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What distinguishes a variant: the kernel, the channels of a convolution group, the groups of the norm."""
+
+    kernel_size: int
+    group_channels: int
+    norm_groups: int
+
+
+SETTINGS: dict[str, Setting] = {
+    "T": Setting(5, 1, 32),
+    "B": Setting(7, 1, 16),
+    "S": Setting(5, 8, 16),
+    "L": Setting(7, 8, 16),
+}
+
+
+class EfficientLocalAttention(nn.Module):
+    """`x` times one gate per axis, each from the averages of `x` over the other axes.
+
+    Border policy: the convolution along an axis sees zeros beyond its ends. The parameters do not depend on the rank,
+    so one block takes maps and volumes.
+
+    Args:
+        dim: Channels C, a multiple of the norm's groups: 32 for `T`, else 16.
+        variant: `T`: kernel 5, depthwise. `B`: kernel 7, depthwise. `S`: kernel 5, 8 channels a group. `L`: kernel 7,
+            8 channels a group.
+    """
+
+    supported_ranks: ClassVar[tuple[int, ...]] = (2, 3)
+
+    def __init__(self, dim: int, *, variant: Variant = "L") -> None:
+        super().__init__()
+        self.dim = check.positive("dim", dim)
+        self.variant = check.choice("variant", variant, tuple(SETTINGS))
+        setting = SETTINGS[variant]
+        step = max(setting.norm_groups, setting.group_channels)
+        if dim % step:
+            raise ValueError(f"variant {variant!r} needs dim to be a multiple of {step}, got {dim}")
+        self.conv = nn.Conv1d(
+            dim,
+            dim,
+            setting.kernel_size,
+            padding=setting.kernel_size // 2,
+            groups=dim // setting.group_channels,
+            bias=False,
+        )
+        self.gn = nn.GroupNorm(setting.norm_groups, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate `x` (B, *S, C), of two or three spatial axes; the same shape comes back."""
+        check.channels_last("EfficientLocalAttention", x, self.dim, self.supported_ranks)
+        rank = x.ndim - 2
+        for axis, gate in enumerate(self.gates(x)):
+            shape = [x.shape[0], *(1,) * axis, gate.shape[1], *(1,) * (rank - 1 - axis), self.dim]
+            x = x * gate.reshape(shape)
+        return x
+
+    def gates(self, x: Tensor) -> list[Tensor]:
+        """One gate (B, L, C) per spatial axis of `x`, between 0 and 1, in the dtype of `x`."""
+        rank = x.ndim - 2
+        strips = [x.mean(dim=[1 + other for other in range(rank) if other != axis]) for axis in range(rank)]
+        return [self._gate(strip.mT).mT.to(x.dtype) for strip in strips]
+
+    def _gate(self, strip: Tensor) -> Tensor:
+        """The gate of the averages `strip` (B, C, L)."""
+        norm = self.gn
+        # nn.GroupNorm refuses a group of one value, which is a legitimate map here.
+        normed = torch.group_norm(self.conv(strip), norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return torch.sigmoid(normed)
+
+    def extra_repr(self) -> str:
+        """The settings shown by `repr`."""
+        return f"dim={self.dim}, variant={self.variant!r}"
