@@ -1,3 +1,6 @@
+from dataclasses import fields
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
@@ -192,3 +195,11 @@ def test_a_draw_is_a_function_of_its_seed():
 def test_mistakes_are_explained(entry, message):
     with pytest.raises(UserError, match=message):
         build_augmenter([entry], LABELS)
+
+
+def test_documentation_lists_every_augmentation_and_argument():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text()
+    for name, kind in AUGMENT.items():
+        row = next(line for line in page.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        for entry in fields(kind):
+            assert entry.name == "p" or f"`{entry.name}`" in row

@@ -58,8 +58,10 @@ def test_several_roots_lead_the_names(tmp_path):
     same = [dataset(tmp_path / name / "train", "a") for name in ("one", "two")]
     assert [case.name for case in find_cases(same)] == ["one_train/a", "two_train/a"]
     assert {case.name.partition("/")[0] for case in find_cases([roots[0], "phantom"])} >= {"kvasir", "phantom_0000"}
-    with pytest.raises(UserError, match="named twice"):
-        find_cases([roots[0], roots[0]])
+    (tmp_path / "link").symlink_to(tmp_path / "kvasir")
+    for twice in ([roots[0], roots[0]], [roots[0], str(tmp_path / "link")], ["phantom", "phantom"]):
+        with pytest.raises(UserError, match="named twice"):
+            find_cases(twice)
 
 
 def test_pranet_layouts(tmp_path):

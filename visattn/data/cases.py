@@ -128,6 +128,9 @@ def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
             cases += [Case(name, Path(PHANTOM, name), Path(PHANTOM, name), name, PHANTOM) for name in names]
         else:
             folders += [(root, folder) for folder in _folders(root, sets)]
+    places = [folder.resolve() for _, folder in folders]
+    if len(set(places)) < len(places) or list(roots).count(PHANTOM) > 1:
+        raise UserError(f"data.root: the same data is named twice among {', '.join(roots[:6])}")
     several = len(folders) > 1 or bool(cases)
     problems: list[str] = []
     for (root, folder), prefix in zip(folders, _prefixes([folder for _, folder in folders]), strict=True):
@@ -241,14 +244,12 @@ def _missing(root: str, base: Path) -> str:
 
 def _prefixes(folders: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart, the folder's own name if that is enough."""
-    parts = [folder.resolve().parts for folder in folders]
+    parts = [Path(os.path.normpath(folder.absolute())).parts for folder in folders]
     for depth in range(1, max((len(part) for part in parts), default=0) + 1):
         names = ["_".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    if folders:
-        raise UserError(f"data.root: the same folder is named twice among {', '.join(str(f) for f in folders[:4])}")
-    return []
+    return ["/".join(part) for part in parts]
 
 
 def _pairs(folder: Path, problems: list[str]) -> list[tuple[str, Path, Path]]:

@@ -135,7 +135,7 @@ class ImageMaskFolder(LightningDataModule):
         rank, world = _rank()
         data = self._sets["train"]
         sampler = EpochSampler(len(data), self.batch_size, self.seed, self.scales, rank, world)
-        return self._loader(data, sampler, TrainingBatch(self.preprocessing))
+        return self._loader(data, sampler, TrainingBatch(self.preprocessing), self._workers())
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation cases."""
@@ -217,10 +217,12 @@ class ImageMaskFolder(LightningDataModule):
         data = self._sets[part]
         if len(data) < world:
             raise UserError(f"data: {len(data)} {part} cases for {world} devices; give each at least one")
-        return self._loader(data, ShardSampler(len(data), self.batch_size, rank, world), collate_evaluation)
+        sampler = ShardSampler(len(data), self.batch_size, rank, world)
+        # Cached cases only need normalising; a second crew of workers would cost more than it saves.
+        kept = isinstance(data, EvaluationSet) and data.cached is not None
+        return self._loader(data, sampler, collate_evaluation, 0 if kept else self._workers())
 
-    def _loader(self, data: Any, sampler: Any, collate: Any) -> DataLoader[Any]:
-        workers = self._workers()
+    def _loader(self, data: Any, sampler: Any, collate: Any, workers: int) -> DataLoader[Any]:
         return DataLoader(
             data,
             batch_sampler=sampler,
