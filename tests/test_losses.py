@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
-from visattn.losses import LOSSES, build_loss, check_loss
+from visattn.losses import LOSSES, Classes, SegmentationLoss, build_loss, check_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 BINARY = Labels.from_config({"background": 0, "polyp": 255})
@@ -246,6 +246,17 @@ def test_half_precision_is_computed_in_float32(config, kind):
     assert loss.dtype == torch.float32
     assert loss.item() == criterion(half.float(), target).item()
     assert loss.item() == pytest.approx(criterion(half.double(), target).item(), rel=1e-5)
+
+
+def test_autocast_does_not_reach_a_criterion():
+    def criterion(logits, target, valid):
+        product = logits.flatten(2) @ target.flatten(2).transpose(1, 2)  # autocast would make it bfloat16
+        return product.sum()
+
+    logits, target = case(BINARY, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert SegmentationLoss(Classes(BINARY), criterion)(logits, target).dtype == torch.float32
+        assert criterion(logits, logits, None).dtype == torch.bfloat16, "this test cannot fail"
 
 
 @pytest.mark.parametrize("scale", [1e-6, 100.0, 1e4, 1e20])

@@ -135,8 +135,7 @@ def whole_model(name, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(("name", "suffix"), list(zip(BACKBONES, [".safetensors", ".pth"] * 2, strict=True)))
 def test_every_entry_comes_from_the_file(tmp_path, name, suffix):
     state = whole_model(name).state_dict()
     path = tmp_path / f"w{suffix}"
@@ -147,8 +146,7 @@ def test_every_entry_comes_from_the_file(tmp_path, name, suffix):
         assert torch.equal(value, plain[features._plain(key)]), key
 
 
-@pytest.mark.parametrize("in_channels", [1, 2, 5])
-@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+@pytest.mark.parametrize(("name", "in_channels"), [("resnet10t", 1), ("resnet10t", 5), ("convnext_atto", 2)])
 def test_the_first_convolution_is_adapted_as_timm_does(tmp_path, name, in_channels):
     state = whole_model(name).state_dict()
     save_file(state, tmp_path / "w.safetensors")
