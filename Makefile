@@ -26,17 +26,21 @@ help:
 	@echo "make clean     remove what these commands made, the environment included; runs/ and demo/ stay"
 	@echo "Each makes $(VENV) first if it is missing."
 
-# The environment is renewed when pyproject.toml changes. pip is silenced because package mirrors can make it print
-# hundreds of harmless lines; errors are still shown.
+# The environment is renewed when pyproject.toml changes. Of what pip says, only the large downloads are shown: package
+# mirrors can make it print hundreds of harmless lines. All of it is in $(VENV)/install.log, whose end is shown on failure.
 install: $(STAMP)
 $(STAMP): pyproject.toml
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "visattn needs Python >= 3.11, and '$(PYTHON)' is not: name another one, as in make PYTHON=python3.12 test" >&2; \
 	  exit 1; }
-	@echo "Installing visattn into $(VENV) (PyTorch is several GB: 3 to 10 minutes) ..."
+	@echo "Installing visattn into $(VENV): PyTorch is several GB, so this takes 3 to 10 minutes."
+	@rm -f "$(STAMP)"
 	@"$(PYTHON)" -m venv "$(VENV)"
-	@"$(BIN)/python" -m pip install -q -q --disable-pip-version-check -e '.[dev]'
-	@touch "$(STAMP)"
+	@{ "$(BIN)/python" -m pip install --disable-pip-version-check -e '.[dev]' && touch "$(STAMP)"; } 2>&1 \
+	  | tee "$(VENV)/install.log" \
+	  | sed -nE -e 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ \/]*) (\([0-9]{3,}\.[0-9] MB\)).*/  \3 \4/p' \
+	    -e 's/^Installing collected packages.*/  installing/p'
+	@test -f "$(STAMP)" || { tail -n 20 "$(VENV)/install.log" >&2; exit 1; }
 
 demo: $(STAMP)
 	@echo "Each command is printed before it runs; to type them yourself: . $(BIN)/activate"
