@@ -89,7 +89,7 @@ def test_every_measure_of_a_perfect_case_is_best(binary):
 
 def test_ignored_pixels_change_nothing(binary, blob):
     generator = np.random.default_rng(0)
-    probability = blob(generator, (1, 40, 50))
+    probability = 0.1 + 0.7 * blob(generator, (1, 40, 50))  # so that 0 and 1 would stretch it
     truth = square(12, 14, 14)
     truth[15:30, 20:34] = IGNORE
     expected = case_metrics((probability[0] >= 0.5).astype(np.uint8), truth, binary, probability, "full")

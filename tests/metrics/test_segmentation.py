@@ -65,6 +65,8 @@ def test_max_e_of_the_set_is_that_of_pysodmetrics(binary, blob, pysodmetrics):
         if truth.any():
             metric.update(name, prediction, truth, probabilities)
             oracle.step(protocol_levels(probabilities[0]), truth * 255)
+    nothing = np.zeros((20, 20), np.uint8)
+    metric.update("undefined, so left out", nothing, nothing)
     result = metric.compute()
     expected = oracle.get_results()["em"]["curve"].max()
     assert result["polyp/e_max_curve"] == pytest.approx(expected, abs=1e-6)
