@@ -71,7 +71,7 @@ format: $(STAMP)
 	ruff check --fix .
 
 docs: $(STAMP)
-	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
 
 # The floors of pyproject.toml, installed and tested for real. Old releases deprecate nothing that we do, but much that the
 # newer packages around them do.
