@@ -9,6 +9,7 @@ same for every network, with the outlines of truth and prediction.
 import argparse
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,10 @@ def load(network: str, run: Path) -> nn.Module:
 
 
 def best_epoch(run: Path) -> tuple[int, float]:
-    """Epoch and validation Dice of the checkpoint: the first of the highest."""
+    """Epoch and validation Dice of the checkpoint: the first of the highest among the epochs that validated."""
     with (run / "metrics.csv").open(newline="") as handle:
-        rows = [(int(row["epoch"]), float(row["val/dice"])) for row in csv.DictReader(handle) if row["val/dice"]]
-    return max(rows, key=lambda row: (row[1], -row[0]))
+        rows = [(int(row["epoch"]), float(row["val/dice"] or "nan")) for row in csv.DictReader(handle)]
+    return max((row for row in rows if math.isfinite(row[1])), key=lambda row: (row[1], -row[0]))
 
 
 def score(network: nn.Module, data: ImageMaskFolder) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
