@@ -255,8 +255,9 @@ def test_autocast_does_not_reach_a_criterion():
 
     logits, target = case(BINARY, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert SegmentationLoss(Classes(BINARY), criterion)(logits, target).dtype == torch.float32
+        loss = SegmentationLoss(Classes(BINARY), criterion)(logits, target)
         assert criterion(logits, logits, None).dtype == torch.bfloat16, "this test cannot fail"
+    assert loss.item() == SegmentationLoss(Classes(BINARY), criterion)(logits, target).item()
 
 
 @pytest.mark.parametrize("scale", [1e-6, 100.0, 1e4, 1e20])
