@@ -87,6 +87,29 @@ def test_rotation_reaches_its_limits_and_no_further():
     assert 35 < max(angles) < 42
 
 
+@pytest.mark.parametrize("first", ["flip_horizontal", "flip_vertical"])
+def test_fused_geometry_equals_one_step_after_another(first):
+    steps = [{"name": first, "p": 1}, {"name": "affine", "rotate": 90, "shift": 0.3, "p": 1}]
+    image, mask = blobs()
+    fused = build_augmenter(steps, BINARY)(image, mask, rng(4))
+    generator, stepwise = rng(4), (image, mask)
+    for step in steps:
+        stepwise = build_augmenter([step], BINARY)(*stepwise, generator)
+    assert (fused[1] != stepwise[1]).mean() < 0.01
+    assert np.abs(fused[0].astype(int) - stepwise[0]).mean() < 2
+
+
+def test_elastic_bends_the_result_of_the_affine_map():
+    image, mask = blobs()
+    still = {"name": "elastic", "strength": 0, "p": 1}
+    turn = {"name": "affine", "rotate": 90, "shift": 0.3, "p": 1}
+    plain = build_augmenter([turn], BINARY)(image, mask, rng(4))
+    bent = build_augmenter([turn, still], BINARY)(image, mask, rng(4))
+    assert (plain[1] != bent[1]).mean() < 0.01
+    strong = {"name": "elastic", "strength": 0.05, "p": 1}
+    assert (plain[1] != build_augmenter([turn, strong], BINARY)(image, mask, rng(4))[1]).mean() > 0.01
+
+
 def test_what_enters_from_outside_is_black_background():
     image, mask = np.full((40, 60, 3), 200, np.uint8), np.full((40, 60), 2, np.uint8)
     moved, target = affine(scale=[0.5, 0.5])(image, mask, rng())

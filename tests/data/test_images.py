@@ -261,6 +261,12 @@ def test_resized_image_and_mask_stay_aligned():
         assert ((image > 127) != (resize_mask(mask, size) == 1)).mean() < 1.01 / size[1]
 
 
+def test_resized_mask_takes_the_pixel_at_the_centre():
+    mask = np.arange(30, dtype=np.uint8)[None].repeat(30, axis=0)
+    assert resize_mask(mask, (10, 10))[0].tolist() == list(range(1, 30, 3))
+    assert resize_mask(mask.T, (10, 10))[:, 0].tolist() == list(range(1, 30, 3))
+
+
 def test_normalise_and_prepare():
     preprocessing = Preprocessing((8, 12), mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0))
     image = RNG.integers(0, 256, (8, 12, 3), dtype=np.uint8)
