@@ -6,13 +6,16 @@ supports in `supported_ranks`. `ATTENTION` holds blocks with one input, `FUSION`
 
 from torch import nn
 
+from visattn.attention._natten import na1d, na2d, na3d
 from visattn.attention.agent import AgentAttention
 from visattn.attention.ela import EfficientLocalAttention
+from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
 from visattn.attention.reverse import ReverseAttention
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "ela": EfficientLocalAttention,
+    "neighborhood": NeighborhoodAttention,
 }
 """Blocks with one input, by the name that recipes use."""
 
@@ -24,5 +27,10 @@ __all__ = [
     "FUSION",
     "AgentAttention",
     "EfficientLocalAttention",
+    "NeighborhoodAttention",
     "ReverseAttention",
+    "na1d",
+    "na2d",
+    "na3d",
+    "neighborhood_attention",
 ]
