@@ -90,8 +90,10 @@ def command(job: Job, options: argparse.Namespace) -> list[str]:
     if job.network == UNET:
         pairs = [f"{key}={value}" for key, value in keys.items()]
         fixed = ["--run", str(job.folder), "--epochs", str(job.epochs), "--seed", str(job.seed)]
+        fixed += ["--validate-every", str(options.validate_every)]
         return [sys.executable, str(HERE / "polyp_unet.py"), "--recipe", RECIPE[job.network], *fixed, *pairs]
     words = ["--run", str(job.folder), "--seed_everything", str(job.seed), "--trainer.max_epochs", str(job.epochs)]
+    words += ["--trainer.check_val_every_n_epoch", str(min(options.validate_every, job.epochs))]
     words += [word for key, value in keys.items() for word in (f"--data.{key}", value)]
     words += [word for pair in options.set for word in (f"--{pair.split('=', 1)[0]}", pair.split("=", 1)[1])]
     recipe = str(ROOT / "recipes" / f"{RECIPE[job.network]}.yaml")
@@ -104,11 +106,19 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start a process that writes to `log`."""
+def start(words: list[str], log: Path, gpu: int | None = None) -> subprocess.Popen[bytes]:
+    """Start a process that writes to `log` and sees one GPU."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    own = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     with log.open("ab") as handle:
-        return subprocess.Popen(words, cwd=ROOT, env=environment(), stdout=handle, stderr=subprocess.STDOUT)
+        return subprocess.Popen(words, cwd=ROOT, env=environment() | own, stdout=handle, stderr=subprocess.STDOUT)
+
+
+def gpu_of(job: Job, options: argparse.Namespace) -> int | None:
+    """Every GPU gets runs of every network."""
+    if options.gpus < 2:
+        return None
+    return (options.networks.index(job.network) * len(options.seeds) + options.seeds.index(job.seed)) % options.gpus
 
 
 def stop(process: subprocess.Popen[bytes], patience: float = 20) -> None:
@@ -143,7 +153,9 @@ def choose_steps(options: argparse.Namespace, began: float) -> int:
         for seed in options.seeds
     ][: options.parallel]
     say(f"probing {len(jobs)} runs at once for {PROBE_EPOCHS} epochs", began)
-    processes = {job: start(command(job, options), job.folder.with_suffix(".log")) for job in jobs}
+    processes = {
+        job: start(command(job, options), job.folder.with_suffix(".log"), gpu_of(job, options)) for job in jobs
+    }
     limit = time.monotonic() + options.probe_limit
     try:
         while time.monotonic() < limit:
@@ -174,7 +186,7 @@ def run_job(job: Job, options: argparse.Namespace, deadline: float, began: float
     """Train one job, then score its best checkpoint on the test images."""
     log = job.folder.with_suffix(".log")
     started = time.monotonic()
-    process = start(command(job, options), log)
+    process = start(command(job, options), log, gpu_of(job, options))
     try:
         process.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -243,7 +255,7 @@ def markdown(results: dict[str, Any]) -> str:
     about = results["about"]
     images = ", ".join(f"{count} {SETS[name]}" for name, count in counts.items())
     versions = f"Python {about['python']}, torch {about['torch']}, lightning {about['lightning']}, timm {about['timm']}"
-    machine = f"{about['date']}, {about['device']}, {about['parallel']} runs at once"
+    machine = f"{about['date']}, {about['gpus']} x {about['device']}, {about['parallel']} runs at once"
     lines += ["", f"{machine}; {versions}. Test images: {images}."]
     lines += [f"Command: `{about['command']}`."]
     return "\n".join(lines) + "\n"
@@ -259,12 +271,14 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+        "gpus": options.gpus,
         "parallel": min(options.parallel, len(options.networks) * len(options.seeds)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "timm": timm.__version__,
-        "command": f"python benchmarks/gpu_polyps.py run --data DATA --output OUT {length}",
+        "command": f"python benchmarks/gpu_polyps.py run --data DATA --output OUT {length} "
+        f"--gpus {options.gpus} --validate-every {options.validate_every}",
     }
 
 
@@ -305,6 +319,8 @@ def main() -> None:
     training.add_argument("--deadline", type=float, default=540, help="seconds after which training is stopped")
     training.add_argument("--probe-limit", type=float, default=150)
     training.add_argument("--parallel", type=int, default=9, help="runs at once")
+    training.add_argument("--gpus", type=int, default=1, help="GPUs that share the runs")
+    training.add_argument("--validate-every", type=int, default=1, metavar="N", help="validate every N epochs")
     training.add_argument("--workers", type=int, default=1, help="data processes of each run")
     training.add_argument("--size", type=int, help="another image size than the recipe's, for a rehearsal")
     training.add_argument(

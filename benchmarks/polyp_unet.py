@@ -54,7 +54,7 @@ def validate(network: nn.Module, data: ImageMaskFolder, device: torch.device) ->
     return sum(defined) / len(defined)
 
 
-def train(run: Path, recipe: dict, data: ImageMaskFolder, epochs: int, seed: int) -> None:
+def train(run: Path, recipe: dict, data: ImageMaskFolder, epochs: int, seed: int, validate_every: int = 1) -> None:
     """Train and keep the weights of the best validation Dice."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(seed)
@@ -92,7 +92,8 @@ def train(run: Path, recipe: dict, data: ImageMaskFolder, epochs: int, seed: int
                 optimizer.step()
                 schedule.step()
                 total += loss.detach()
-            score = validate(network, data, device)
+            due = (epoch + 1) % min(validate_every, epochs) == 0
+            score = validate(network, data, device) if due else math.nan
             if score > best:
                 best = score
                 torch.save({"epoch": epoch, "state_dict": network.state_dict()}, run / "checkpoints" / "best.pt")
@@ -107,13 +108,14 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--validate-every", type=int, default=1)
     parser.add_argument("data", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     recipe = load_recipe(find_recipe(options.recipe))
     given = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in options.data)}
     data = ImageMaskFolder(**{**recipe["data"]["init_args"], **given, "seed": options.seed})
     data.setup("fit")
-    train(options.run, recipe, data, options.epochs, options.seed)
+    train(options.run, recipe, data, options.epochs, options.seed, options.validate_every)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ class EpochTable(L.Callback):
         self.path = path
         self._rows: list[dict[str, str]] = []
         self._started = 0.0
+        self._validated = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take over the rows of the epochs that the checkpoint has seen."""
@@ -77,13 +78,20 @@ class EpochTable(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the epoch's clock."""
         self._started = time.monotonic()
+        self._validated = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note that this epoch has scores of its own; Lightning goes on showing those of the last validation."""
+        self._validated = True
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Add this epoch's row."""
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         row: dict[str, str] = {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step)}
-        row |= {key: f"{float(value):.6g}" for key, value in trainer.callback_metrics.items() if key in COLUMNS}
+        for key, value in trainer.callback_metrics.items():
+            if key in COLUMNS and (self._validated or not key.startswith("val/")):
+                row[key] = f"{float(value):.6g}"
         row["seconds"] = f"{time.monotonic() - self._started:.2f}"
         self._rows.append(row)
         text = io.StringIO()

@@ -162,7 +162,7 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool, columns: Sequence[str]
     table = Table(box=box.SIMPLE_HEAD)
     columns = columns or list(rows[0])
     for column in columns:
-        long = column in {"about", "paper"}
+        long = column == "about"
         table.add_column(column, no_wrap=column == "name", min_width=26 if long else None)
     for row in rows:
         values = (row[column] for column in columns)

@@ -300,6 +300,7 @@ def _quiet() -> Iterator[None]:
             ".*Checkpoint directory .* exists and is not empty.*",
             ".*isinstance.treespec, LeafSpec.*",
             ".*callbacks used to create the checkpoint need to be provided.*",
+            ".*could not find the monitored key.*",  # before the first validation of several epochs
             ".*You're resuming from a checkpoint that ended before the epoch ended.*",
         ):
             warnings.filterwarnings("ignore", message=message)
