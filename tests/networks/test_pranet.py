@@ -271,7 +271,7 @@ def test_half_precision():
 
 
 def test_a_backbone_for_one_size_only():
-    network = create_model("pranet", backbone="coat_lite_tiny", channels=8, backbone_args={"img_size": [64, 96]})
+    network = create_model("pranet", backbone="botnet26t_256", channels=8, backbone_args={"img_size": [64, 96]})
     assert network.backbone.fixed_size == (64, 96)
     with torch.no_grad():
         assert network(torch.randn(2, 3, 50, 96))[0].shape == (2, 1, 50, 96)
