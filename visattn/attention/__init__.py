@@ -10,12 +10,16 @@ from visattn.attention._natten import na1d, na2d, na3d
 from visattn.attention.agent import AgentAttention
 from visattn.attention.ela import EfficientLocalAttention
 from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
+from visattn.attention.partial import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
 from visattn.attention.reverse import ReverseAttention
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "ela": EfficientLocalAttention,
     "neighborhood": NeighborhoodAttention,
+    "partial_channel": PartialChannelAttention,
+    "partial_self": PartialSelfAttention,
+    "partial_spatial": PartialSpatialAttention,
 }
 """Blocks with one input, by the name that recipes use."""
 
@@ -28,6 +32,9 @@ __all__ = [
     "AgentAttention",
     "EfficientLocalAttention",
     "NeighborhoodAttention",
+    "PartialChannelAttention",
+    "PartialSelfAttention",
+    "PartialSpatialAttention",
     "ReverseAttention",
     "na1d",
     "na2d",
