@@ -274,14 +274,16 @@ def _table(labels: Labels, size: int) -> NDArray[np.uint8]:
     values = [value for group in labels.values for value in group] + list(labels.ignore)
     indices = [index for index, group in enumerate(labels.values) for _ in group] + [IGNORE] * len(labels.ignore)
     if _gap(labels) >= _SAFE_GAP:
-        numbers = np.arange(size)
-        distance = np.abs(numbers[:, None] - np.array(values)[None])
-        nearest = distance.argmin(axis=1)
-        reach = _SAFE_GAP // 2
-        near = distance.min(axis=1) <= reach
+        numbers, ordered = np.arange(size), np.sort(values)
+        above = np.searchsorted(ordered, numbers).clip(1, len(ordered) - 1)
+        low, high = ordered[above - 1], ordered[above]
+        nearest = np.where(numbers - low <= high - numbers, low, high)
+        near = np.abs(numbers - nearest) <= _SAFE_GAP // 2
         if len(set(indices)) == 2:
-            near |= (numbers >= min(values)) & (numbers <= max(values))
-        table[near] = np.array(indices, np.uint8)[nearest[near]]
+            near |= (numbers >= ordered[0]) & (numbers <= ordered[-1])
+        class_of = np.zeros(max(values) + 1, np.uint8)
+        class_of[values] = indices
+        table[near] = class_of[nearest[near]]
     for value, index in zip(values, indices, strict=True):
         if value < size:
             table[value] = index

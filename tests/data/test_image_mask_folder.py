@@ -1,5 +1,6 @@
 import json
 import logging
+import pickle
 
 import lightning as L
 import numpy as np
@@ -90,6 +91,7 @@ def test_validation_batches_are_native_whole_and_plain(folder):
     assert sorted(name for batch in found for name in batch["case"]) == sorted(cases)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 mistrusts it beside threads
 @pytest.mark.parametrize("cache", [True, False])
 def test_samples_do_not_depend_on_workers(folder, cache):
     alone = module(folder, augment=STRONG, cache=True)
@@ -99,6 +101,14 @@ def test_samples_do_not_depend_on_workers(folder, cache):
         loader.batch_sampler.set_epoch(epoch)
         assert equal(batches(alone, epoch), list(loader))
     assert not equal(batches(alone, 0), batches(alone, 1))
+
+
+def test_sets_can_be_sent_to_another_process(folder):  # as workers that are not forked need
+    data = module(folder, augment=STRONG)
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        copy = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+        one, two = (collate([dataset[0]]) for dataset, collate in ((loader.dataset, loader.collate_fn), copy))
+        assert torch.equal(one["image"], two["image"])
 
 
 def test_a_case_looks_different_in_every_epoch(folder):

@@ -1,4 +1,4 @@
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visattn.data.sampler import EpochSampler, Key, ShardSampler
@@ -13,6 +13,7 @@ def epoch(number=0, **arguments):
 
 
 @given(**COUNTS)
+@settings(deadline=None)
 def test_devices_see_what_one_device_with_the_whole_batch_sees(length, batch_size, world):
     if length < batch_size * world:
         return
@@ -24,6 +25,7 @@ def test_devices_see_what_one_device_with_the_whole_batch_sees(length, batch_siz
 
 
 @given(**COUNTS)
+@settings(deadline=None)
 def test_every_device_takes_equally_many_steps_of_equal_size(length, batch_size, world):
     ranks = [epoch(length=length, batch_size=batch_size, rank=rank, world=world) for rank in range(world)]
     shapes = {tuple(len(batch) for batch in rank) for rank in ranks}
@@ -54,6 +56,7 @@ def test_each_batch_comes_once_per_scale():
 
 
 @given(**COUNTS)
+@settings(deadline=None)
 def test_shards_hold_each_case_once_in_equally_many_batches(length, batch_size, world):
     if length < world:
         return

@@ -170,6 +170,7 @@ class ImageMaskFolder(LightningDataModule):
     def _setup_fit(self) -> None:
         cases = find_cases(self.roots)
         cases = with_groups(cases, find_groups(cases, self.split.group_by))
+        _log.info("data: reading and checking %d images and masks", len(cases))
         keep = self._affordable(len(cases))
         checked, problems = check_cases(cases, self._reader, self.preprocessing.size if keep else None)
         raise_problems(problems, len(cases))

@@ -105,6 +105,10 @@ def read_mask(path: Path | str) -> NDArray[np.int32]:
         UserError: As `read_image`, and if the colours of the mask cannot be told apart from label values.
     """
     with _opened(path) as image:
+        if image.info.get(_DEPTH_LOST):
+            raise UserError(
+                f"{path}: masks in 16-bit colour are not supported; save the labels as 8- or 16-bit grey PNG"
+            )
         if image.mode == "P":
             palette = np.array(image.getpalette("RGB") or [], np.int32).reshape(-1, 3)
             indices = np.asarray(image)
@@ -115,7 +119,7 @@ def read_mask(path: Path | str) -> NDArray[np.int32]:
         if image.mode in ("L", "LA", "I", "I;16", "I;16B", "I;16L"):
             array = np.asarray(image).astype(np.int32)
             return array[..., 0] if image.mode == "LA" else array
-        if image.mode not in ("RGB", "RGBA") or image.info.get(_DEPTH_LOST):
+        if image.mode not in ("RGB", "RGBA"):
             raise UserError(
                 f"{path}: masks of kind '{image.mode}' are not supported; save the labels as 8-bit grey PNG"
             )
