@@ -142,7 +142,7 @@ def tail(log: Path, lines: int = 25) -> str:
 
 
 def choose_steps(options: argparse.Namespace, began: float) -> int:
-    """Optimiser steps that the slowest network makes in `options.seconds` with all runs on the GPU.
+    """Optimiser steps that the slowest network makes in `options.seconds` while all runs train.
 
     Raises:
         SystemExit: a network does not train; its log is printed.
@@ -174,7 +174,7 @@ def choose_steps(options: argparse.Namespace, began: float) -> int:
     rates = {}
     for network in {job.network for job in jobs}:
         rows = [job.finished_epochs() for job in jobs if job.network == network]
-        seconds = [float(row["seconds"]) for run in rows for row in run[PROBE_EPOCHS // 2 :]]
+        seconds = [float(row["seconds"]) for run in rows for row in run[len(run) // 2 :]]
         if not seconds:
             raise SystemExit(f"{network}: no epoch finished in {options.probe_limit:.0f} s; give --steps")
         rates[network] = steps_per_epoch(network) / statistics.mean(seconds)
