@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visattn.attention._agent import average_weights, linear_weights
+from visattn.attention._resample import average_weights, linear_weights
 from visattn.attention.agent import AgentAttention
 
 
@@ -206,3 +206,32 @@ def test_refused_inputs_say_what_is_valid():
         AgentAttention(32)(torch.zeros(1, 5, 5, 32), (5, 5))
     with pytest.raises(ValueError, match=r"x with 1 \+ 196 tokens"):
         AgentAttention(32, variant="deit")(torch.zeros(1, 50, 32))
+
+
+@pytest.mark.parametrize(("variant", "size"), [("swin", (3, 5)), ("deit", (3, 5)), ("pvt", (3, 5)), ("cswin", (3, 5))])
+def test_attention_map_is_the_weight_of_each_value(variant, size):
+    """Without convolution and projection, the output is the weighted sum of the values."""
+    block = randomised(AgentAttention(8, 2, variant=variant, agent_num=4, window_size=3, split_size=2))
+    for name, parameter in block.named_parameters():
+        if "dwc" in name or "get_v" in name or name == "proj.bias":
+            parameter.data.zero_()
+    block.proj.weight.data.copy_(torch.eye(8))
+    token = variant == "deit"
+    x = image(2, 16, 8) if token else image(2, *size, 8)
+    weights = block.attention_map(x, (2, 4), size if token else None)
+    assert weights.shape == (2, 2, *size)
+    values = block._query_key_value(x)[2]
+    expected = (block(x, size)[:, 1:].reshape(2, *size, 8) if token else block(x))[:, 2, 4]
+    if token:
+        values = values[:, 1:].reshape(2, *size, 8)
+        rest = 1 - weights.sum((2, 3))
+        expected = expected - (rest[..., None] * block._query_key_value(x)[2][:, 0].reshape(2, 2, 4)).reshape(2, 8)
+    else:
+        torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, 2, dtype=x.dtype))
+    out = torch.einsum("bhyx,byxhd->bhd", weights, values.reshape(2, *size, 2, 4)).reshape(2, 8)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_attention_map_of_reduced_keys_is_refused():
+    with pytest.raises(ValueError, match="needs sr_ratio=1"):
+        AgentAttention(8, variant="pvt", sr_ratio=2).attention_map(torch.zeros(1, 4, 4, 8), (0, 0))

@@ -224,3 +224,15 @@ def test_refused_arguments_say_what_is_valid(build, message):
 def test_refused_inputs_say_what_is_valid(name):
     with pytest.raises(ValueError, match=r"takes \(B, \*S, 16\) with 2 spatial axes"):
         BLOCKS[name](16)(torch.zeros(1, 16, 5, 5))
+
+
+def test_attention_map_is_the_weight_of_each_value():
+    block = randomised(PartialSelfAttention(16, 2)).eval()
+    block.attn.proj.weight.data.copy_(torch.eye(12))
+    block.attn.proj.bias.data.zero_()
+    x = image(2, 3, 5, 16)
+    weights = block.attention_map(x, (1, 4))
+    torch.testing.assert_close(weights.sum((2, 3)), torch.ones(2, 2, dtype=x.dtype))
+    values = block.attn.heads(block.norm(x[..., 4:]))[2]  # (B, h, N, d)
+    out = torch.einsum("bhn,bhnd->bhd", weights.flatten(2), values).flatten(1)
+    torch.testing.assert_close(out, block(x)[:, 1, 4, 4:], rtol=1e-10, atol=1e-12)

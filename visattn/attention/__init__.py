@@ -8,33 +8,46 @@ from torch import nn
 
 from visattn.attention._natten import na1d, na2d, na3d
 from visattn.attention.agent import AgentAttention
+from visattn.attention.cross_contextual import CrossContextualAttention
+from visattn.attention.dual import ChannelAttention, PositionAttention
 from visattn.attention.ela import EfficientLocalAttention
+from visattn.attention.gate import AttentionGate
 from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
 from visattn.attention.partial import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
 from visattn.attention.reverse import ReverseAttention
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
+    "channel": ChannelAttention,
     "ela": EfficientLocalAttention,
     "neighborhood": NeighborhoodAttention,
     "partial_channel": PartialChannelAttention,
     "partial_self": PartialSelfAttention,
     "partial_spatial": PartialSpatialAttention,
+    "position": PositionAttention,
 }
 """Blocks with one input, by the name that recipes use."""
 
-FUSION: dict[str, type[nn.Module]] = {"reverse": ReverseAttention}
+FUSION: dict[str, type[nn.Module]] = {
+    "cross_contextual": CrossContextualAttention,
+    "gate": AttentionGate,
+    "reverse": ReverseAttention,
+}
 """Blocks with two inputs, by the name that recipes use."""
 
 __all__ = [
     "ATTENTION",
     "FUSION",
     "AgentAttention",
+    "AttentionGate",
+    "ChannelAttention",
+    "CrossContextualAttention",
     "EfficientLocalAttention",
     "NeighborhoodAttention",
     "PartialChannelAttention",
     "PartialSelfAttention",
     "PartialSpatialAttention",
+    "PositionAttention",
     "ReverseAttention",
     "na1d",
     "na2d",

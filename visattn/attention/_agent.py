@@ -1,10 +1,5 @@
 """What all forms of agent attention share: agents, bias tables that fit any map, and the two softmax steps.
 
-Every resampling here is separable, so it is written as one small matrix per axis: average pooling to the agents, and
-the linear resizing of tables and values. Matrices built from sizes alone stay exact when nothing has to be resized
-(they are then the identity), take any rank, need no branch on the size, and cost less on the CPU than pooling and
-interpolating whole maps, forward and backward.
-
 Legend: B batch, *S spatial axes with N positions in all, C channels, h heads, d channels of a head, n agents,
 M keys (N, or fewer after reduction).
 """
@@ -14,59 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from visattn.attention._resample import linear_weights, resize_linear
+
 TABLE_SIDE = 7  # an_bias and na_bias are stored on a 7 x 7 grid whatever the map
 AXES = "dhw"  # names of the last one, two or three axes
-
-
-def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
-    """The matrix (target, source) of linear interpolation with half-pixel centres; the identity for equal sizes.
-
-    The same numbers as `F.interpolate(mode="linear", align_corners=False)`: positions beyond the outer centres take the
-    edge value.
-    """
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    at = (torch.arange(target, device=like.device, dtype=dtype) + 0.5) * (source / target) - 0.5
-    at = at.clamp(0, source - 1)
-    grid = torch.arange(source, device=like.device, dtype=dtype)
-    return (1 - (at[:, None] - grid).abs()).clamp(min=0).to(like.dtype)
-
-
-def average_weights(source: int, target: int, like: Tensor) -> Tensor:
-    """The matrix (target, source) of adaptive average pooling; cells overlap and repeat where target > source."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    cell = torch.arange(target, device=like.device)
-    start = (cell * source) // target
-    end = ((cell + 1) * source + target - 1) // target
-    grid = torch.arange(source, device=like.device)
-    inside = (grid >= start[:, None]) & (grid < end[:, None])
-    return (inside.to(dtype) / (end - start)[:, None].to(dtype)).to(like.dtype)
-
-
-def along_axes(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """`x` (B, *S, C) with the matrix (T_i, S_i) applied along spatial axis i: (B, *T, C)."""
-    size = list(x.shape)
-    for axis in range(len(weights) - 1, -1, -1):
-        rows = 1
-        for each in size[: axis + 1]:
-            rows = rows * each
-        columns = 1
-        for each in size[axis + 2 :]:
-            columns = columns * each
-        x = torch.matmul(weights[axis], x.reshape(rows, size[axis + 1], columns))  # (rows, T_i, columns)
-        size[axis + 1] = weights[axis].shape[0]
-    return x.reshape(size)
-
-
-def resize_linear(x: Tensor, size: Sequence[int]) -> Tensor:
-    """`x` (B, *S, C) at the spatial `size`, by linear interpolation without anti-aliasing."""
-    weights = [linear_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
-    return along_axes(x, weights)
-
-
-def pool(x: Tensor, size: Sequence[int]) -> Tensor:
-    """`x` (B, *S, C) averaged over the cells of a grid of `size`: (B, *size, C)."""
-    weights = [average_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
-    return along_axes(x, weights)
 
 
 def register_tables(
@@ -172,15 +118,15 @@ def two_steps(
     least. The second logits are kept as (n, N), agents first: B2 then needs no transposed copy.
 
     Args:
-        q: (B, h, N, d).
-        k: (B, h, M, d).
-        v: (B, h, M, d).
-        agents: (B, h, n, d), times the scale.
-        biases: B1 (h, n, M) and B2 (h, n, N), or with a leading axis that broadcasts over B.
+        q: (..., h, N, d).
+        k: (..., h, M, d).
+        v: (..., h, M, d).
+        agents: (..., h, n, d), times the scale.
+        biases: B1 (h, n, M) and B2 (h, n, N), or with leading axes.
         drop: Probability of attention dropout.
 
     Returns:
-        (B, h, N, d).
+        (..., h, N, d).
     """
     first, second = agent_weights(q, k, agents, biases)
     if drop:
@@ -190,7 +136,7 @@ def two_steps(
 
 
 def agent_weights(q: Tensor, k: Tensor, agents: Tensor, biases: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """softmax(A K^T + B1) (B, h, n, M), over the keys, and softmax(A Q^T + B2) (B, h, n, N), over the agents."""
+    """softmax(A K^T + B1) (..., h, n, M), over the keys, and softmax(A Q^T + B2) (..., h, n, N), over the agents."""
     if agents.dtype.itemsize < 4:
         q, k, agents = q.float(), k.float(), agents.float()
     first = torch.matmul(agents, k.mT) + biases[0]

@@ -1,17 +1,18 @@
 """Agent attention in strips, the branch of the CSwin form; see `agent.py` for paper and official code.
 
-Legend: B batch, *S spatial axes, C channels of this branch, T strips of a map, *P size of a strip, h heads,
-d channels of a head, n agents.
+Legend: B batch, *S spatial axes, C channels of this branch, T strips of a map, P positions of a strip,
+h heads, d channels of a head, n agents.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.attention._agent import biases, pool, register_tables, split_heads, two_steps
+from visattn.attention._agent import agent_weights, biases, register_tables, two_steps
 from visattn.attention._precision import without_autocast
+from visattn.attention._resample import pool
+from visattn.attention._windows import ceil_div, flat_index, known_zero, window_partition, window_reverse
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -77,62 +78,54 @@ class AgentStrips(nn.Module):
             (B, *S, C).
         """
         size = qkv.shape[2:-1]
-        batch = qkv.shape[1]
         strip = self._strip(size)
-        counts = [-(-each // side) for each, side in zip(size, strip, strict=True)]
-        padding = [count * side - each for each, side, count in zip(size, strip, counts, strict=True)]
-        strips = 1
-        for count in counts:
-            strips = strips * count
-        padded = any(amount != 0 for amount in padding)
-        parts = list(qkv.unbind(0))
-        if padded:
-            ends = [each for amount in reversed(padding) for each in (0, amount)]
-            parts = [F.pad(part, [0, 0, *ends]) for part in parts]
-        q, k, v = (partition(part, strip, counts) for part in parts)  # (B * T, *P, C)
+        q, k, v = (window_partition(part, strip) for part in qkv.unbind(0))  # (B, T, P, C)
         with without_autocast(qkv.device):
-            bias = biases(self, strip, strip, (self.stored_grid, self.grid))
-            agents = pool(q, self.grid)
-            if padded:
-                real = F.pad(qkv.new_ones((1, *size, 1), dtype=torch.float32), [0, 0, *ends])
-                real = partition(real, strip, counts)  # (T, *P, 1)
-                share = pool(real, self.grid)  # (T, *grid, 1), the part of each agent's cell that is map
-                agents = agents.reshape(batch, strips, *agents.shape[1:]) / share.clamp(min=1e-6).to(agents.dtype)
-                agents = agents.flatten(0, 1)
-                bias = (mask(real, -2) + bias[0], mask(share, -1) + bias[1])  # (T, h, n, P), (T, h, n, P)
-            heads = [split_heads(t.flatten(1, -2), self.num_heads) for t in (q, k, v, agents * self.scale)]
-            q, k, values, agents = (t.reshape(batch, strips, *t.shape[1:]) for t in heads)  # (B, T, h, ..., d)
+            agents, bias = self._agents(q, size, strip)
             drop = self.attn_drop if self.training else 0.0
-            out = two_steps(q, k, values, agents, bias, drop)  # (B, T, h, P, d)
-            out = out.transpose(2, 3).flatten(-2).reshape(v.shape)
-        out = out + self.get_v(v.movedim(-1, 1)).movedim(1, -1)
-        out = unpartition(out, strip, counts, batch)
-        for axis, each in enumerate(size, 1):
-            out = out.narrow(axis, 0, each)
-        return out
+            out = two_steps(self._split(q), self._split(k), self._split(v), self._split(agents), bias, drop)
+            out = out.transpose(2, 3).flatten(-2)  # (B, T, P, C)
+        maps = v.reshape(v.shape[0] * v.shape[1], *strip, v.shape[-1])
+        convolved = self.get_v(maps.movedim(-1, 1)).movedim(1, -1)
+        return window_reverse(out + convolved.reshape(v.shape), strip, size)
+
+    def attention_map(self, qkv: Tensor, query: Sequence[int]) -> Tensor:
+        """How much the token at index `query` attends to every token of the map (3, B, *S, C): (B, h, *S)."""
+        size = qkv.shape[2:-1]
+        strip = self._strip(size)
+        counts = ceil_div(size, strip)
+        q, k = (window_partition(part, strip) for part in qkv[:2])
+        with without_autocast(qkv.device):
+            agents, bias = self._agents(q, size, strip)
+            first, second = agent_weights(self._split(q), self._split(k), self._split(agents), bias)
+        which = flat_index([at // side for at, side in zip(query, strip, strict=True)], counts)
+        inside = flat_index([at % side for at, side in zip(query, strip, strict=True)], strip)
+        row = torch.einsum("bhn,bhnp->bhp", second[:, which, ..., inside], first[:, which])
+        weights = row.new_zeros(q.shape[0] * self.num_heads, q.shape[1], q.shape[2], 1)
+        weights[:, which, :, 0] = row.flatten(0, 1)
+        return window_reverse(weights, strip, size).reshape(q.shape[0], self.num_heads, *size)
+
+    def _agents(self, q: Tensor, size: Sequence[int], strip: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Agents (B, T, n, C), times the scale, of the queries `q` (B, T, P, C), and the biases of both steps."""
+        agents = pool(q.reshape(q.shape[0] * q.shape[1], *strip, q.shape[-1]), self.grid)
+        agents = agents.flatten(1, -2).reshape(q.shape[0], q.shape[1], -1, q.shape[-1]) * self.scale
+        bias = biases(self, strip, strip, (self.stored_grid, self.grid))
+        if known_zero(*(each % side for each, side in zip(size, strip, strict=True))):
+            return agents, bias
+        real = window_partition(torch.ones((1, *size, 1), device=q.device), strip)[0]  # (T, P, 1)
+        share = pool(real.reshape(-1, *strip, 1), self.grid).flatten(1, -2)  # (T, n, 1), how much of a cell is map
+        agents = agents / share.clamp(min=1e-6).to(agents.dtype)
+        return agents, (blocked(real).mT[:, None] + bias[0], blocked(share)[:, None] + bias[1])
+
+    def _split(self, x: Tensor) -> Tensor:
+        """Heads (B, T, h, N, d) of `x` (B, T, N, C)."""
+        return x.reshape(*x.shape[:3], self.num_heads, x.shape[-1] // self.num_heads).transpose(2, 3)
 
     def extra_repr(self) -> str:
         """The settings shown by `repr`."""
         return f"num_heads={self.num_heads}, axis={self.axis}, split_size={self.split_size}, agents={self.grid}"
 
 
-def mask(share: Tensor, axis: int) -> Tensor:
-    """0 where `share` (T, *P, 1) is positive and -inf elsewhere, (T, 1, 1, P) or, with `axis` -1, (T, 1, P, 1)."""
-    blocked = torch.zeros_like(share).masked_fill(share <= 0, float("-inf")).flatten(1)
-    return blocked[:, None, None] if axis == -2 else blocked[:, None, :, None]
-
-
-def partition(x: Tensor, strip: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """`x` (B, *S, C), S = counts * strip per axis, cut into strips: (B * T, *strip, C)."""
-    rank = len(strip)
-    shape = [x.shape[0], *(each for pair in zip(counts, strip, strict=True) for each in pair), x.shape[-1]]
-    order = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1]
-    return x.reshape(shape).permute(order).flatten(0, rank)
-
-
-def unpartition(x: Tensor, strip: Sequence[int], counts: Sequence[int], batch: int) -> Tensor:
-    """The inverse of `partition`: (B, *S, C)."""
-    rank = len(strip)
-    order = [0, *(axis for which in range(1, rank + 1) for axis in (which, rank + which)), 2 * rank + 1]
-    x = x.reshape(batch, *counts, *strip, x.shape[-1]).permute(order)
-    return x.reshape(batch, *(count * side for count, side in zip(counts, strip, strict=True)), x.shape[-1])
+def blocked(share: Tensor) -> Tensor:
+    """0 where `share` is positive, -inf elsewhere."""
+    return torch.zeros_like(share).masked_fill(share <= 0, float("-inf"))

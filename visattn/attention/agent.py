@@ -27,16 +27,17 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._agent import (
+    agent_weights,
     biases,
-    pool,
     register_tables,
     resize_agents,
-    resize_linear,
     split_heads,
     two_steps,
 )
 from visattn.attention._agent_strips import AgentStrips
 from visattn.attention._precision import without_autocast
+from visattn.attention._resample import pool, resize_linear
+from visattn.attention._windows import flat_index
 
 Variant = Literal["swin", "deit", "pvt", "cswin"]
 VARIANTS = ("swin", "deit", "pvt", "cswin")
@@ -183,6 +184,34 @@ class AgentAttention(nn.Module):
         out = self._attend(q.flatten(1, -2), k.flatten(1, -2), v.flatten(1, -2), q, k.shape[1:-1], None)
         values = resize_linear(v, x.shape[1:-1]) if self.sr_ratio > 1 else v
         return self._project(out.view(x.shape) + self._convolve(values))
+
+    def attention_map(self, x: Tensor, query: Sequence[int], size: Sequence[int] | None = None) -> Tensor:
+        """How much the token at index `query` attends to every token of the map, through all agents: (B, h, *S).
+
+        Heads of `cswin` come branch by branch, those along the first axis first. With a class token its share is left
+        out, so the sum is below 1.
+
+        Args:
+            x: As in `forward`.
+            query: Index into the map.
+            size: As in `forward`.
+        """
+        if self.sr_ratio > 1:
+            raise ValueError("attention_map needs sr_ratio=1: reduced keys have no single position")
+        if self.variant == "cswin":
+            parts = zip(self.attns, self._shares(self.qkv(x)), strict=True)
+            return torch.cat([branch.attention_map(share, query) for branch, share in parts], dim=1)  # type: ignore[operator]
+        token = self.variant == "deit"
+        size = x.shape[1:-1] if not token else self.window_size if size is None else tuple(size)
+        q, k, _ = self._query_key_value(x)
+        position = flat_index(query, size) + token
+        tables = (self.ac_bias[0], self.ca_bias[0].mT) if token else None
+        pooled = self._map(q, size) if token else q
+        with without_autocast(x.device):
+            tokens = q if token else q.flatten(1, -2), k if token else k.flatten(1, -2)
+            first, second = agent_weights(*self._prepare(*tokens, pooled, size, tables))
+        row = torch.einsum("bhn,bhnm->bhm", second[..., position], first)
+        return row[..., int(token) :].reshape(x.shape[0], self.num_heads, *size)
 
     def _with_class_token(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """`forward` of `deit`."""

@@ -19,6 +19,7 @@ Legend: B batch, *S spatial axes with N positions, C channels, c attended channe
 """
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
 from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, uses_batch
+from visattn.attention._precision import without_autocast
+from visattn.attention._windows import flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -257,6 +260,18 @@ class SelfAttention(nn.Module):
         projected: Tensor = self.proj_drop(self.proj(out))
         return projected
 
+    def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
+        """How much the token at index `query` of `x` (B, *S, c) attends to every token: (B, h, *S), summing to 1."""
+        size = tuple(x.shape[1:-1])
+        position = flat_index(query, size)
+        q, k, _ = self.heads(x)
+        with without_autocast(x.device):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            logits = (q[:, :, position, None].to(dtype) @ k.to(dtype).mT) * q.shape[-1] ** -0.5  # (B, h, 1, N)
+            logits = logits + self.rpe_k(size)[:, position, None]
+        weights: Tensor = logits.softmax(-1)
+        return weights.reshape(x.shape[0], self.num_heads, *size)
+
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (B, h, N, d) of `x` (B, *S, c)."""
         tokens = x.flatten(1, -2)
@@ -313,6 +328,10 @@ class PartialSelfAttention(nn.Module):
         check.channels_last("PartialSelfAttention", x, self.dim, (self.rank,))
         first, rest = torch.split(x, [self.convolved, self.dim - self.convolved], dim=-1)
         return torch.cat([convolve(self.partial_conv3, first), self.attn(self.norm(rest))], dim=-1)
+
+    def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
+        """How much the token at index `query` attends to every token of `x` (B, *S, C): (B, h, *S), summing to 1."""
+        return self.attn.attention_map(self.norm(x[..., self.convolved :]), query)
 
     def extra_repr(self) -> str:
         """The settings shown by `repr`."""

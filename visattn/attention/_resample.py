@@ -1,0 +1,64 @@
+"""Resampling of channels-last maps along each axis: linear interpolation and adaptive average pooling.
+
+Both are separable, so each is one small matrix per axis. Matrices built from sizes alone stay exact when nothing has
+to be resized (they are then the identity), take any rank, need no branch on the size, and cost less on the CPU than
+pooling and interpolating whole maps, forward and backward.
+
+Legend: B batch, *S spatial axes, *T those of the result, C channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
+    """The matrix (target, source) of linear interpolation with half-pixel centres; the identity for equal sizes.
+
+    The same numbers as `F.interpolate(mode="linear", align_corners=False)`: positions beyond the outer centres take the
+    edge value.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    at = (torch.arange(target, device=like.device, dtype=dtype) + 0.5) * (source / target) - 0.5
+    at = at.clamp(0, source - 1)
+    grid = torch.arange(source, device=like.device, dtype=dtype)
+    return (1 - (at[:, None] - grid).abs()).clamp(min=0).to(like.dtype)
+
+
+def average_weights(source: int, target: int, like: Tensor) -> Tensor:
+    """The matrix (target, source) of adaptive average pooling; cells overlap and repeat where target > source."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    cell = torch.arange(target, device=like.device)
+    start = (cell * source) // target
+    end = ((cell + 1) * source + target - 1) // target
+    grid = torch.arange(source, device=like.device)
+    inside = (grid >= start[:, None]) & (grid < end[:, None])
+    return (inside.to(dtype) / (end - start)[:, None].to(dtype)).to(like.dtype)
+
+
+def along_axes(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """`x` (B, *S, C) with the matrix (T_i, S_i) applied along spatial axis i: (B, *T, C)."""
+    size = list(x.shape)
+    for axis in range(len(weights) - 1, -1, -1):
+        rows = 1
+        for each in size[: axis + 1]:
+            rows = rows * each
+        columns = 1
+        for each in size[axis + 2 :]:
+            columns = columns * each
+        x = torch.matmul(weights[axis], x.reshape(rows, size[axis + 1], columns))  # (rows, T_i, columns)
+        size[axis + 1] = weights[axis].shape[0]
+    return x.reshape(size)
+
+
+def resize_linear(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`x` (B, *S, C) at the spatial `size`, by linear interpolation without anti-aliasing."""
+    weights = [linear_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
+    return along_axes(x, weights)
+
+
+def pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`x` (B, *S, C) averaged over the cells of a grid of `size`: (B, *size, C)."""
+    weights = [average_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
+    return along_axes(x, weights)
