@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visattn.attention import _neighborhood_tiles as tiles
+from visattn.attention import _neighborhood_tiling as tiling
 from visattn.attention import na1d, na2d, na3d, neighborhood_attention
 from visattn.attention._neighborhood_plan import boxes_of, units_of
 from visattn.attention._neighborhood_traced import neighborhood_traced
@@ -83,6 +84,12 @@ def random_settings(draw, largest=(40, 11, 6), fits=False):
     widths = draw(st.sampled_from([(3, 3), (4, 4), (2, 5)]))
     batch, groups, repeat, biased = (draw(st.integers(1, 2)) for _ in range(4))
     return Setting(*zip(*axes, strict=True), batch, groups, repeat, *widths, biased == 2)
+
+
+def forget():
+    """Drops what is kept between calls."""
+    tiling.tiling_of.cache_clear()
+    tiles._program.cache_clear()
 
 
 def call(setting, backend, rpb, q, k, v, lse=True):
@@ -171,17 +178,17 @@ class TestDefinition:
             for value, want in zip(gradients(setting, backend, *tensors, lse=lse), wanted, strict=True):
                 torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
 
-    @given(setting=random_settings(), seed=st.integers(0, 99), scores=st.integers(1, 3000))
+    @given(setting=random_settings(), seed=st.integers(0, 99), elements=st.integers(1, 5000), share=st.integers(0, 3))
     @settings(max_examples=40, deadline=None)
-    def test_the_size_of_a_piece_does_not_matter(self, setting, seed, scores):
+    def test_the_size_of_a_piece_does_not_matter(self, setting, seed, elements, share):
         tensors = setting.tensors(seed=seed)
         wanted = gradients(setting, "torch", *tensors)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tiles, "PIECE_SCORES", scores)
-            patch.setattr(tiles, "KEPT_MASKS", 0)
-            tiles._program.cache_clear()
+            patch.setattr(tiling, "PIECE", elements)
+            patch.setattr(tiling, "SHARE", share)
+            forget()
             found = gradients(setting, "torch", *tensors)
-            tiles._program.cache_clear()
+            forget()
         for value, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
 
@@ -204,9 +211,9 @@ class TestDefinition:
     @given(setting=random_settings(largest=(30, 10, 6)), tile=st.integers(1, 9))
     @settings(max_examples=30, deadline=None)
     def test_boxes_cover_every_query_once(self, setting, tile):
-        units = units_of(setting.sizes, setting.axes, 16, 2, 10**tile)
+        units, _ = units_of(setting.sizes, setting.axes, 16, 2, 10**tile)
         seen = np.zeros((*setting.sizes, setting.groups), dtype=int)
-        for box in boxes_of(units, 1, setting.groups, 1, 50 * tile):
+        for box in boxes_of(units, 1, setting.groups, 1, 16, 100 * tile):
             unit = units[box.unit]
             for index in np.ndindex(*box.sizes):
                 _, *lead, head = (start + i for start, i in zip(box.starts, index, strict=True))
@@ -422,6 +429,7 @@ class TestMemory:
     @staticmethod
     def peak(sizes, kernel, heads, width, backward):
         q, k, v = (torch.randn(1, *sizes, heads, width, requires_grad=backward) for _ in range(3))
+        forget()
         with torch.profiler.profile(profile_memory=True) as profile:
             out = neighborhood_attention(q, k, v, kernel)
             if backward:
@@ -439,6 +447,7 @@ class TestMemory:
         ("sizes", "kernel", "heads", "width", "limit"),
         [
             ((56, 56), 7, 2, 32, 8),
+            ((14, 14), 7, 2, 32, 8),
             ((56, 56), 3, 2, 32, 8),
             ((56, 56), 31, 1, 32, 8),
             ((64, 64), 63, 1, 32, 8),
@@ -450,10 +459,11 @@ class TestMemory:
         assert self.peak(sizes, kernel, heads, width, backward) <= limit
 
     def test_the_measure_sees_what_is_allocated(self, monkeypatch):
-        monkeypatch.setattr(tiles, "PIECE_SCORES", 1 << 30)
-        tiles._program.cache_clear()
+        monkeypatch.setattr(tiling, "PIECE", 1 << 30)
+        monkeypatch.setattr(tiling, "SHARE", 1 << 30)
+        forget()
         assert self.peak((24, 24, 24), 5, 2, 16, True) > 12
-        tiles._program.cache_clear()
+        forget()
 
 
 class TestModule:

@@ -96,7 +96,7 @@ def _cuts(members: int, axis: Axis) -> list[tuple[Run, ...]]:
     for pieces in range(1, members + 1):
         groups = math.ceil(members / pieces / axis.stride)
         lengths.add(min(groups * axis.stride, members))
-    useful = {tile for tile in lengths if tile <= 4 * axis.kernel and axis.kernel <= 4 * tile}
+    useful = {tile for tile in lengths if tile <= 4 * axis.kernel and axis.kernel <= 16 * tile}
     return [runs(members, axis, tile) for tile in sorted(useful or {min(lengths)})]
 
 
@@ -114,9 +114,27 @@ def _cost(cuts: Sequence[tuple[Run, ...]], copies: int, width: int, limit: int) 
     return max(largest, limit), time
 
 
-@functools.lru_cache(maxsize=512)
-def units_of(sizes: tuple[int, ...], axes: tuple[Axis, ...], width: int, copies: int, limit: int) -> tuple[Unit, ...]:
-    """Cuts the map into the tiles of least estimated time.
+# The same for attention of all to all.
+DENSE_SCORE_TIME, DENSE_CHANNEL_TIME = 1.9e-3, 1e-4
+
+
+def whole_of(
+    sizes: Sequence[int], axes: Sequence[Axis], width: int, copies: int, limit: int, time: float
+) -> Unit | None:
+    """The undivided map as one tile, if attention of all to all is estimated to take less than `time`."""
+    scores = math.prod(sizes) ** 2
+    if any(axis.dilation > 1 for axis in axes):
+        return None
+    if copies * scores * (DENSE_SCORE_TIME + DENSE_CHANNEL_TIME * width) >= time:
+        return None
+    unit = Unit(((0, 1),) * len(axes), tuple(runs(size, axis, size)[0] for size, axis in zip(sizes, axes, strict=True)))
+    return None if scores > limit and any(run.masked for run in unit.runs) else unit
+
+
+def units_of(
+    sizes: Sequence[int], axes: Sequence[Axis], width: int, copies: int, limit: int
+) -> tuple[tuple[Unit, ...], float]:
+    """Cuts the map into the tiles of least estimated time, and tells that time in microseconds.
 
     Args:
         sizes: of the map.
@@ -126,14 +144,17 @@ def units_of(sizes: tuple[int, ...], axes: tuple[Axis, ...], width: int, copies:
         limit: of the scores of one tile, kept where any cut allows it.
     """
     found: list[Unit] = []
+    time = 0.0
     per_axis = [_classes(size, axis.dilation) for size, axis in zip(sizes, axes, strict=True)]
     for classes in itertools.product(*per_axis):
         options = [_cuts(members, axis) for (_, _, members), axis in zip(classes, axes, strict=True)]
         times = copies * math.prod(count for _, count, _ in classes)
-        best = min(itertools.product(*options), key=lambda cuts: _cost(cuts, times, width, limit))
+        costs = ((_cost(cuts, times, width, limit), cuts) for cuts in itertools.product(*options))
+        (_, cost), best = min(costs)
+        time += cost
         groups = tuple((first, count) for first, count, _ in classes)
         found.extend(Unit(groups, chosen) for chosen in itertools.product(*best))
-    return tuple(found)
+    return tuple(found), time
 
 
 def _split(lead: Sequence[int], limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -175,13 +196,22 @@ class Box(NamedTuple):
         return math.prod(self.sizes)
 
 
-def boxes_of(units: Sequence[Unit], batch: int, groups: int, repeat: int, most: int) -> list[Box]:
-    """Cuts units into boxes of at most `most` scores, or one tile of one head."""
+def boxes_of(units: Sequence[Unit], batch: int, groups: int, repeat: int, width: int, most: int) -> list[Box]:
+    """Cuts units into boxes, each of one tile of one key head or of at most `most` elements: scores and keys.
+
+    Args:
+        units: That cover the map.
+        batch: Number of maps.
+        groups: Key heads.
+        repeat: Query heads of a key head.
+        width: Channels of a head.
+        most: See above.
+    """
     found = []
     for number, unit in enumerate(units):
         lead = (batch, *(count for _, count in unit.groups), *(run.tiles for run in unit.runs), groups)
         rows = repeat * unit.queries
-        for starts, sizes in _split(lead, max(1, most // (rows * unit.keys))):
+        for starts, sizes in _split(lead, max(1, most // (unit.keys * (rows + width)))):
             found.append(Box(number, starts, sizes, rows, unit.keys))
     return found
 
