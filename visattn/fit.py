@@ -119,6 +119,8 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
     Raises:
         UserError: a key is unknown or a value has the wrong type; jsonargparse's own text is cut to what matters.
     """
+    # One seed for everything, unless the recipe asks for another split or order; explicit, so that config.yaml says it.
+    tree["data"]["init_args"].setdefault("seed", int(tree.get("seed_everything", 0) or 0))
     for section in ("model", "data"):
         path, given = tree[section]["class_path"], tree[section]["init_args"]
         parameters = signature(_named(path)).parameters
@@ -191,7 +193,6 @@ def run_stage(
 
 def _prepare(cli: RecipeCLI, name: str) -> tuple[SegmentationTask, Any]:
     task, data = cli.build()
-    data.seed = int(cli.config.seed_everything)
     task.recipe, task.recipe_name, task.data = cli.resolved, name, data
     return task, data
 
