@@ -496,6 +496,23 @@ class TestModule:
             part = torch.nn.functional.scaled_dot_product_attention(*(each[:, group::2] for each in (q, k, v)))
             torch.testing.assert_close(block(x)[:, group::2], block.proj(part))
 
+    @pytest.mark.parametrize("small_maps", ["clip", "pad"])
+    @pytest.mark.parametrize(("sizes", "query"), [((9, 8), (8, 0)), ((9, 8), (4, 5)), ((3, 9), (1, 7))])
+    def test_attention_map_holds_the_weights_of_the_window(self, small_maps, sizes, query):
+        """Weights times values are the output; the value of a position is its own here, so they are told apart."""
+        block = NeighborhoodAttention(
+            8, 2, kernel_size=(3, 4), stride=(1, 2), dilation=(2, 1), is_causal=(False, True), small_maps=small_maps
+        )
+        torch.nn.init.normal_(block.rpb)
+        x = torch.randn(2, *sizes, 8)
+        weights = block.attention_map(x, query)
+        value = block._project(x)[2]
+        torch.testing.assert_close(weights.flatten(2).sum(-1), torch.ones(2, 2))
+        mixed = torch.einsum("bh...,b...hd->bhd", weights, value).flatten(1)
+        torch.testing.assert_close(block.proj(mixed), block(x)[:, query[0], query[1]], rtol=1e-4, atol=1e-6)
+        with pytest.raises(ValueError, match="index into the map"):
+            block.attention_map(x, (9, 0))
+
     def test_settings_are_checked_and_shown(self):
         for changed in ({"num_heads": 3}, {"rank": 4}, {"small_maps": "shift"}, {"backend": "cuda"}, {"stride": 8}):
             with pytest.raises(ValueError, match=next(iter(changed))):

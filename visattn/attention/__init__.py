@@ -8,9 +8,11 @@ from torch import nn
 
 from visattn.attention._natten import na1d, na2d, na3d
 from visattn.attention.agent import AgentAttention
+from visattn.attention.controls import DepthwiseConvolution, Identity
 from visattn.attention.cross_contextual import CrossContextualAttention
 from visattn.attention.dual import ChannelAttention, PositionAttention
 from visattn.attention.ela import EfficientLocalAttention
+from visattn.attention.full import FullAttention
 from visattn.attention.gate import AttentionGate
 from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
 from visattn.attention.partial import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
@@ -19,7 +21,10 @@ from visattn.attention.reverse import ReverseAttention
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
     "channel": ChannelAttention,
+    "conv": DepthwiseConvolution,
     "ela": EfficientLocalAttention,
+    "full": FullAttention,
+    "identity": Identity,
     "neighborhood": NeighborhoodAttention,
     "partial_channel": PartialChannelAttention,
     "partial_self": PartialSelfAttention,
@@ -42,7 +47,10 @@ __all__ = [
     "AttentionGate",
     "ChannelAttention",
     "CrossContextualAttention",
+    "DepthwiseConvolution",
     "EfficientLocalAttention",
+    "FullAttention",
+    "Identity",
     "NeighborhoodAttention",
     "PartialChannelAttention",
     "PartialSelfAttention",

@@ -28,7 +28,8 @@ from visattn.attention._backend import BACKENDS, natten_attention, resolve
 from visattn.attention._neighborhood_reference import neighborhood_reference
 from visattn.attention._neighborhood_tiles import neighborhood_tiles
 from visattn.attention._neighborhood_traced import neighborhood_traced
-from visattn.attention._neighborhood_windows import Axis, axes_of, check_fits
+from visattn.attention._neighborhood_windows import Axis, axes_of, bounds, check_fits
+from visattn.attention._precision import without_autocast
 
 Backend = Literal["auto", "reference", "torch", "natten"]
 SmallMaps = Literal["clip", "pad", "error"]
@@ -250,21 +251,61 @@ class NeighborhoodAttention(nn.Module):
             ValueError: If `x` has another shape, or is smaller than the window and `small_maps` is "error".
         """
         check.channels_last("NeighborhoodAttention", x, self.dim, (self.rank,))
+        query, key, value = self._project(x)
+        out, _ = attend(query, key, value, self.axes, self.scale, self.rpb, self.backend, False)
+        out = out.flatten(-2)
+        for number, size in enumerate(x.shape[1:-1]):
+            out = out.narrow(1 + number, 0, size)
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value (B, *S, H, D) of `x` (B, *S, C), which is padded first if it has to be."""
+        check.channels_last("NeighborhoodAttention", x, self.dim, (self.rank,))
         sizes = x.shape[1:-1]
         if self.small_maps == "error":
             check_fits(sizes, self.axes)
         elif self.small_maps == "pad":
             missing = [max(axis.kernel * axis.dilation - size, 0) for axis, size in zip(self.axes, sizes, strict=True)]
-            if any(missing):
-                x = F.pad(x, [0, 0] + [each for gap in reversed(missing) for each in (0, gap)])
-        qkv = self.qkv(x).reshape(*x.shape[:-1], 3, self.num_heads, self.dim // self.num_heads)
+            x = F.pad(x, [0, 0] + [each for gap in reversed(missing) for each in (0, gap)])
+        qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.dim // self.num_heads))
         query, key, value = qkv.unbind(-3)
-        out, _ = attend(query, key, value, self.axes, self.scale, self.rpb, self.backend, False)
-        out = out.flatten(-2)
-        for number, size in enumerate(sizes):
-            out = out.narrow(1 + number, 0, size)
-        projected: Tensor = self.proj_drop(self.proj(out))
-        return projected
+        return query, key, value
+
+    def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
+        """How much the position at index `query` attends to every position.
+
+        Args:
+            x: (B, *S, C).
+            query: Index of a position in the map.
+
+        Returns:
+            (B, H, *S), summing to 1 over the map, padding included where `small_maps` is "pad".
+
+        Raises:
+            ValueError: If `query` is not in the map.
+        """
+        q, k, _ = self._project(x)
+        sizes = x.shape[1:-1]
+        if len(query) != len(sizes) or any(not 0 <= at < size for at, size in zip(query, sizes, strict=True)):
+            raise ValueError(f"query must be an index into the map {tuple(sizes)}, got {tuple(query)}")
+        flat = 0
+        place, table = [slice(None)], [slice(None)]
+        for at, size, axis in zip(query, k.shape[1:-2], self.axes, strict=True):
+            flat = flat * size + at
+            index, group = divmod(at, axis.dilation)
+            first, last = bounds(-(-(size - group) // axis.dilation), axis)[index]
+            place.append(slice(group + axis.dilation * first, group + axis.dilation * (last - 1) + 1, axis.dilation))
+            table.append(slice(first - index + axis.kernel - 1, last - index + axis.kernel - 1))
+        with without_autocast(x.device):
+            keys = k[tuple(place)].float()  # (B, *window, H, D)
+            scores = torch.einsum("bhd,b...hd->bh...", q.flatten(1, -3)[:, flat].float() * self.scale, keys)
+        if self.rpb is not None:
+            scores = scores + self.rpb[tuple(table)]
+        weights = scores.flatten(2).softmax(-1).reshape(scores.shape)
+        seen = weights.new_zeros(weights.shape[:2] + k.shape[1:-2])
+        seen[(slice(None), *place)] = weights
+        return seen
 
     def extra_repr(self) -> str:
         """The settings shown by `repr`."""
