@@ -59,6 +59,10 @@ def ceil_div(sizes: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
 
 def pad_axes(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
     """`x` (B, *S, C) with zeros before and after each spatial axis; `x` itself where there is nothing to add."""
+    if torch.compiler.is_exporting():
+        sizes = [size + more for size, more in zip(x.shape[1:-1], after, strict=True)]
+        x = _take(x, [torch.arange(size, device=x.device) for size in sizes])
+        after = (0,) * len(sizes)
     if known_zero(*before, *after):
         return x
     amounts = [0, 0]
@@ -69,8 +73,6 @@ def pad_axes(x: Tensor, before: Sequence[int], after: Sequence[int]) -> Tensor:
 
 def pad_to(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """`x` (B, *S, C) with zeros at the end of each spatial axis up to `sizes`; `crop` takes them off again."""
-    if torch.compiler.is_exporting():
-        return _take(x, [torch.arange(size, device=x.device) for size in sizes])
     lacking = [wanted - size for size, wanted in zip(x.shape[1:-1], sizes, strict=True)]
     return pad_axes(x, (0,) * len(lacking), lacking)
 
@@ -83,6 +85,13 @@ def crop(x: Tensor, sizes: Sequence[int]) -> Tensor:
         if not known_zero(x.shape[axis] - size):
             x = x.narrow(axis, 0, size)
     return x
+
+
+def every(x: Tensor, step: int) -> Tensor:
+    """Every `step`-th token of each spatial axis of `x` (B, *S, C), the first included."""
+    if torch.compiler.is_exporting():
+        return _take(x, [torch.arange(0, size, step, device=x.device) for size in x.shape[1:-1]])
+    return x[(slice(None), *(slice(None, None, step),) * (x.dim() - 2))]
 
 
 def window_partition(x: Tensor, window: Sequence[int], counts: Sequence[int] | None = None) -> Tensor:
@@ -159,7 +168,7 @@ def _merge(
 
 
 def _take(x: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """`x` (B, *S, C) at one tensor of positions per spatial axis, whose shape takes the axis's place; zero beyond its end.
+    """`x` (B, *S, C) at a tensor of positions per spatial axis, whose shape takes the axis's place; zero beyond its end.
 
     For torch.export: it puts no condition on symbolic sizes, where views and padding ask about multiples and signs.
     """
@@ -242,6 +251,14 @@ def _product(sizes: Sequence[int]) -> list[tuple[int, ...]]:
 
 def overlapping_windows(x: Tensor, window: Sequence[int], step: Sequence[int]) -> Tensor:
     """Every window of `x` (B, *S, C) that starts at a multiple of `step` and fits: (B, W, T, C), row-major."""
+    if torch.compiler.is_exporting():
+        starts = [
+            torch.arange((size - w) // s + 1, device=x.device)[:, None] * s
+            for size, w, s in zip(x.shape[1:-1], window, step, strict=True)
+        ]
+        x = _take(x, [start + torch.arange(w, device=x.device) for start, w in zip(starts, window, strict=True)])
+        windows = x.permute(_order(len(window), outer_first=True))  # (B, n1, n2, ..., w1, w2, ..., C)
+        return windows.flatten(1, len(window)).flatten(2, -2)
     out: Tensor = _Overlapping.apply(x, tuple(window), tuple(step))
     return out
 
