@@ -235,6 +235,10 @@ def test_measure_regions_overlap():
     whole, core = measure(indices, probability, labels)
     assert (whole["class"], whole["pixels"], whole["mean_foreground_probability"]) == ("whole", 3, 0.8)
     assert (core["class"], core["pixels"], core["mean_foreground_probability"]) == ("core", 2, 0.8)
+    three = Labels.from_config({"bg": 0, "rim": 1, "core": 2})
+    probability = np.array([[[0.9, 0.1, 0.0]], [[0.1, 0.7, 0.2]], [[0.0, 0.2, 0.8]]], np.float32)
+    rim, core = measure(np.array([[0, 1, 2]], np.uint8), probability, three)
+    assert (rim["mean_foreground_probability"], core["mean_foreground_probability"]) == (0.7, 0.8)
 
 
 def test_the_same_pixels_from_python(tmp_path, checkpoint):
@@ -696,12 +700,14 @@ def test_small_helpers():
 def test_a_checkpoint_whose_parts_disagree(tmp_path, checkpoint):
     content = torch.load(checkpoint, weights_only=True)
     entry = content[KEY]
-    for key, value in {
-        "labels": {"labels": {"background": 0}},
-        "preprocessing": {"size": [0, 3], "mean": [0.0], "std": [1.0], "channels": 1},
-        "postprocessing": {},
-        "network": entry["network"] | {"classes": 4},
-    }.items():
+    for key, value in [
+        ("labels", {"labels": {"background": 0}}),
+        ("preprocessing", {"size": [0, 3], "mean": [0.0], "std": [1.0], "channels": 1}),
+        ("preprocessing", entry["preprocessing"] | {"std": [0.0] * 3}),
+        ("postprocessing", {}),
+        ("network", entry["network"] | {"classes": 4}),
+        ("network", entry["network"] | {"activation": "softmax"}),
+    ]:
         torch.save(content | {KEY: entry | {key: value}}, tmp_path / "bad.ckpt")
         with pytest.raises(UserError, match=r"bad\.ckpt: damaged checkpoint"):
             load(tmp_path / "bad.ckpt")

@@ -250,8 +250,8 @@ def _check_entry(path: Path, entry: object) -> dict[str, Any]:
 def load_plain(path: Path, map_location: Any = "cpu") -> Any:
     """`torch.load(weights_only=True)` with its errors in words.
 
-    The archive's checksums are verified first, because torch reads a tensor with flipped bits in silence; compressed
-    entries, which torch never writes, are refused, because a few bytes of them can unfold to any size.
+    The archive's checksums are verified first, because torch reads a tensor with flipped bits in silence; a
+    compressed archive, which torch never writes, is refused, because a few bytes of it can unfold to any size.
 
     Raises:
         UserError: truncated, damaged, in the old format of torch, or holding objects that could execute.
@@ -271,10 +271,7 @@ def load_plain(path: Path, map_location: Any = "cpu") -> Any:
         )
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            size = path.stat().st_size
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            if not stored or sum(entry.file_size for entry in entries) > size:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                 raise UserError(f"{path}: not written by torch.save (its content is compressed).\nDo not use it.")
             if archive.testzip() is not None:
                 raise UserError(damaged)
