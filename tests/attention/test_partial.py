@@ -164,6 +164,29 @@ def test_gradients_in_training_and_evaluation(name, training):
     assert torch.autograd.gradcheck(lambda *inputs: block(inputs[0]), (x, *parameters), atol=1e-6)
 
 
+def test_the_fast_training_step_is_the_composed_one(monkeypatch):
+    """Outputs, gradients and running statistics of the two ways to compute PAT_sp."""
+    fast = randomised(PartialSpatialAttention(10, partial=0.3)).train()
+    slow = copy.deepcopy(fast)
+    monkeypatch.setattr(slow, "_as_one_step", lambda x: False)
+    x = image(3, 5, 4, 10)
+    assert fast._as_one_step(x)
+    assert not fast._as_one_step(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not fast._as_one_step(x)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [block(each) for block, each in zip((fast, slow), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    for out in outputs:
+        (out * image(3, 5, 4, 10)).sum().backward()
+    # torch's hard sigmoid has the slope 1/6 in single precision only, whatever the dtype.
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(fast.parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(fast.buffers(), slow.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_constant_channel_has_no_deviation_and_no_infinite_gradient():
     block = PartialChannelAttention(8).train()
     x = torch.ones(2, 4, 4, 8, requires_grad=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.attention._resample import linear_weights, resize_linear
+from visattn.attention._windows import certain
 
 TABLE_SIDE = 7  # an_bias and na_bias are stored on a 7 x 7 grid whatever the map
 AXES = "dhw"  # names of the last one, two or three axes
@@ -49,32 +50,32 @@ def resize_agents(table: Tensor, stored: Sequence[int], used: Sequence[int]) -> 
     return resized.reshape(table.shape[0], -1, *table.shape[2:])
 
 
-def table_bias(grid: Tensor, axes: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """The bias (h, n, positions of `size`): `grid` resized, plus one value per axis.
+def table_bias(grid: Tensor, lines: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The bias (h, n, positions of the map): `grid` resized, plus one value per axis.
 
     Rows of an interpolation matrix sum to 1, so the values of an axis are added as soon as that axis has its final size
     and travel through the remaining axes unchanged. Nothing but the result is as large as the map.
 
     Args:
         grid: (h, n, 7, ..., 7).
-        axes: One (h, n, stored size) per spatial axis.
-        size: The map's size.
+        lines: One (h, n, stored size) per spatial axis.
+        weights: The matrix (size, 7) that resizes an axis of `grid` to the map, per axis.
     """
     heads, agents = grid.shape[:2]
-    rank = len(size)
+    last = len(weights) - 1
     bias = grid.flatten(2)[..., None]  # (h, n, rows still on the grid, positions already final)
-    done = 1
-    for axis in range(rank - 1, -1, -1):
-        rows = TABLE_SIDE**axis
-        bias = bias.reshape(heads, agents, rows, TABLE_SIDE, done)
-        weights = linear_weights(TABLE_SIDE, size[axis], grid)
-        stored = torch.matmul(axes[axis], linear_weights(axes[axis].shape[-1], size[axis], grid).mT)  # (h, n, size)
-        if axis == rank - 1:
-            bias = torch.matmul(bias[..., 0], weights.mT) + stored[:, :, None]  # (h, n, rows, size)
+    for axis in range(last, -1, -1):
+        size = weights[axis].shape[0]
+        line = lines[axis]
+        if not certain(line.shape[-1] == size):
+            line = torch.matmul(line, linear_weights(line.shape[-1], size, line).mT)  # (h, n, size)
+        if axis == last:
+            bias = torch.matmul(bias.reshape(heads, agents, TABLE_SIDE**axis, TABLE_SIDE), weights[axis].mT)
+            bias = bias.add_(line[:, :, None])  # (h, n, rows, size)
         else:
-            bias = torch.matmul(weights, bias) + stored[:, :, None, :, None]  # (h, n, rows, size, done)
-        done = done * size[axis]
-    return bias.reshape(heads, agents, done)
+            bias = bias.reshape(heads, agents, TABLE_SIDE**axis, TABLE_SIDE, bias.shape[-1])
+            bias = torch.matmul(weights[axis], bias).add_(line[:, :, None, :, None]).flatten(-2)  # (h, n, rows, done)
+    return bias.flatten(2)
 
 
 def biases(
@@ -90,18 +91,18 @@ def biases(
             differ, as the authors' segmentation code does.
     """
     rank = len(query_size)
+    same = all(certain(query == key) for query, key in zip(query_size, key_size, strict=True))
     tables = {name: p.float() if p.dtype.itemsize < 4 else p for name, p in module.named_parameters(recurse=False)}
-    out = []
-    for own, names, size in (
-        ("an_bias", [f"a{letter}_bias" for letter in AXES[-rank:]], key_size),
-        ("na_bias", [f"{letter}a_bias" for letter in AXES[-rank:]], query_size),
-    ):
-        axes = [tables[name][0] for name in names]
-        if own == "na_bias":
-            axes = [table.movedim(-1, 1) for table in axes]
-        axes = [resize_agents(table.flatten(2), *grid) for table in axes]
-        out.append(table_bias(resize_agents(tables[own], *grid), axes, size))
-    return out[0], out[1]
+    weights = [linear_weights(TABLE_SIDE, size, tables["an_bias"]) for size in key_size]
+    lines = [tables[f"a{letter}_bias"][0].flatten(2) for letter in AXES[-rank:]]  # (h, n, size)
+    first = table_bias(resize_agents(tables["an_bias"], *grid), [resize_agents(each, *grid) for each in lines], weights)
+    if not same:
+        weights = [linear_weights(TABLE_SIDE, size, tables["na_bias"]) for size in query_size]
+    lines = [tables[f"{letter}a_bias"][0].flatten(1, -2).mT for letter in AXES[-rank:]]
+    second = table_bias(
+        resize_agents(tables["na_bias"], *grid), [resize_agents(each, *grid) for each in lines], weights
+    )
+    return first, second
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -139,6 +140,7 @@ def agent_weights(q: Tensor, k: Tensor, agents: Tensor, biases: tuple[Tensor, Te
     """softmax(A K^T + B1) (..., h, n, M), over the keys, and softmax(A Q^T + B2) (..., h, n, N), over the agents."""
     if agents.dtype.itemsize < 4:
         q, k, agents = q.float(), k.float(), agents.float()
-    first = torch.matmul(agents, k.mT) + biases[0]
-    second = torch.matmul(agents, q.mT) + biases[1]
+    # In place: at full resolution a fresh buffer costs more than the sum.
+    first = torch.matmul(agents, k.mT).add_(biases[0])
+    second = torch.matmul(agents, q.mT).add_(biases[1])
     return first.softmax(-1), second.softmax(-2)

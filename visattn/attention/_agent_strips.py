@@ -4,6 +4,7 @@ Legend: B batch, *S spatial axes, C channels of this branch, T strips of a map, 
 h heads, d channels of a head, n agents.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,11 +57,8 @@ class AgentStrips(nn.Module):
         self.stored_grid, self.grid, self.attn_drop = stored_grid, grid, attn_drop
         self.scale = (dim // num_heads) ** -0.5
         self.get_v = CONV[rank](dim, dim, 3, padding=1, groups=dim)
-        agents = 1
-        for side in stored_grid:
-            agents *= side
         strip = self._strip(window_size)
-        register_tables(self, num_heads, agents, strip, strip)
+        register_tables(self, num_heads, math.prod(stored_grid), strip, strip)
 
     def _strip(self, size: Sequence[int]) -> list[int]:
         """The size of a strip of a map of `size`."""
@@ -108,7 +106,7 @@ class AgentStrips(nn.Module):
     def _agents(self, q: Tensor, size: Sequence[int], strip: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Agents (B, T, n, C), times the scale, of the queries `q` (B, T, P, C), and the biases of both steps."""
         agents = pool(q.reshape(q.shape[0] * q.shape[1], *strip, q.shape[-1]), self.grid)
-        agents = agents.flatten(1, -2).reshape(q.shape[0], q.shape[1], -1, q.shape[-1]) * self.scale
+        agents = agents.reshape(q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1]) * self.scale
         bias = biases(self, strip, strip, (self.stored_grid, self.grid))
         if known_zero(*(each % side for each, side in zip(size, strip, strict=True))):
             return agents, bias

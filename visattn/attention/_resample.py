@@ -7,6 +7,7 @@ pooling and interpolating whole maps, forward and backward.
 Legend: B batch, *S spatial axes, *T those of the result, C channels.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,12 +42,7 @@ def along_axes(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """`x` (B, *S, C) with the matrix (T_i, S_i) applied along spatial axis i: (B, *T, C)."""
     size = list(x.shape)
     for axis in range(len(weights) - 1, -1, -1):
-        rows = 1
-        for each in size[: axis + 1]:
-            rows = rows * each
-        columns = 1
-        for each in size[axis + 2 :]:
-            columns = columns * each
+        rows, columns = math.prod(size[: axis + 1]), math.prod(size[axis + 2 :])
         x = torch.matmul(weights[axis], x.reshape(rows, size[axis + 1], columns))  # (rows, T_i, columns)
         size[axis + 1] = weights[axis].shape[0]
     return x.reshape(size)

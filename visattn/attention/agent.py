@@ -18,6 +18,7 @@ Legend: B batch, *S spatial axes with N positions in all, C channels, h heads, d
 M keys (N, or fewer after reduction).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Literal
 
@@ -183,7 +184,7 @@ class AgentAttention(nn.Module):
         q, k, v = self._query_key_value(x)
         out = self._attend(q.flatten(1, -2), k.flatten(1, -2), v.flatten(1, -2), q, k.shape[1:-1], None)
         values = resize_linear(v, x.shape[1:-1]) if self.sr_ratio > 1 else v
-        return self._project(out.view(x.shape) + self._convolve(values))
+        return self._project(self._convolve(values).add(out.reshape(x.shape)))
 
     def attention_map(self, x: Tensor, query: Sequence[int], size: Sequence[int] | None = None) -> Tensor:
         """How much the token at index `query` attends to every token of the map, through all agents: (B, h, *S).
@@ -215,9 +216,7 @@ class AgentAttention(nn.Module):
 
     def _with_class_token(self, x: Tensor, size: tuple[int, ...]) -> Tensor:
         """`forward` of `deit`."""
-        positions = 1
-        for each in size:
-            positions = positions * each
+        positions = math.prod(size)
         if len(size) != self.rank or x.ndim != 3 or x.shape[1] != 1 + positions or x.shape[2] != self.dim:
             raise ValueError(
                 f"variant='deit' takes (B, 1 + N, {self.dim}), class token first, with N positions of a map of size "

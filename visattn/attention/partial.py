@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.attention import _checks as check
-from visattn.attention._backend import scaled_dot_product
-from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, uses_batch
+from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, track, uses_batch
+from visattn.attention._partial_spatial import SpatialStep
 from visattn.attention._precision import without_autocast
 from visattn.attention._windows import flat_index
 
@@ -113,9 +113,7 @@ class PartialChannelAttention(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Gate and normalise `x` (B, *S, c)."""
         batch, channels = x.shape[0], x.shape[-1]
-        positions = 1
-        for size in x.shape[1:-1]:
-            positions = positions * size
+        positions = math.prod(x.shape[1:-1])
         mean, variance = moments(x.reshape(batch, positions, channels))  # (B, c)
         # The root has no slope at 0, where a constant channel must have slope 0.
         varies = variance > 0
@@ -170,9 +168,42 @@ class PartialSpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix `x` (B, *S, C); the same shape comes back."""
         check.channels_last("PartialSpatialAttention", x, self.dim, (self.rank,))
+        if self._as_one_step(x):
+            return self._step(x)
         first, rest = torch.split(x, [self.dim - self.convolved, self.convolved], dim=-1)
         gate = F.hardsigmoid(F.linear(first, self.conv_attn.weight.flatten(1)))  # (B, *S, 1)
         return torch.cat([batch_norm(self.norm, first * gate), self._convolve(rest)], dim=-1)
+
+    def _as_one_step(self, x: Tensor) -> bool:
+        """Whether training takes the fast function: it needs full precision, and statistics of this process alone."""
+        return (
+            all(uses_batch(norm, x.numel() // self.dim) for norm in (self.norm, self.norm2))
+            and not any(isinstance(norm, nn.SyncBatchNorm) for norm in (self.norm, self.norm2))
+            and x.dtype == self.conv.weight.dtype == self.norm.weight.dtype
+            and x.dtype.itemsize >= 4
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+        )
+
+    def _step(self, x: Tensor) -> Tensor:
+        """`forward` in training, as one function."""
+        count = x.numel() // self.dim
+        norm1, norm2 = self.norm, self.norm2
+        out, mean1, variance1, mean2, variance2, _ = SpatialStep.apply(
+            x.reshape(count, self.dim),
+            self.conv_attn.weight.flatten(),
+            norm1.weight,
+            norm1.bias,
+            self.conv.weight.flatten(1),
+            norm2.weight,
+            norm2.bias,
+            norm1.eps,
+            norm2.eps,
+        )
+        track(norm1, mean1, variance1, count)
+        track(norm2, mean2, variance2, count)
+        joined: Tensor = out.reshape(x.shape)
+        return joined
 
     def _convolve(self, x: Tensor) -> Tensor:
         """The 1x1 convolution of the normalised `x` (B, *S, c), norm and convolution as one linear layer."""
@@ -214,15 +245,13 @@ class EuclideanBias(nn.Module):
             offsets = torch.arange(2 * each - 1, device=device, dtype=torch.float32) - (each - 1)
             squares = squares + offsets.square().reshape(*(1,) * axis, -1, *(1,) * (rank - 1 - axis))
         bias = self.lookup_table_bias[:, BETA + bucket(squares.sqrt())]  # (h, 2 s_1 - 1, ...), by offset
-        positions = 1
         for axis, each in enumerate(size, 1):
             line = torch.arange(each, device=device)
             pairs = line - line[:, None] + (each - 1)  # (query, key): where their offset stands
             bias = bias.index_select(axis, pairs.flatten())
-            positions = positions * each
         bias = bias.reshape(-1, *(side for each in size for side in (each, each)))  # (h, s_1, s_1, s_2, s_2, ...)
         bias = bias.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
-        return bias.reshape(-1, positions, positions)
+        return bias.reshape(-1, math.prod(size), math.prod(size))
 
 
 def bucket(distance: Tensor) -> Tensor:
@@ -253,9 +282,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Attend over the positions of `x` (B, *S, c)."""
         q, k, v = self.heads(x)
-        bias = self.rpe_k(tuple(x.shape[1:-1])).to(q.dtype)
-        drop = self.attn_drop if self.training else 0.0
-        out = scaled_dot_product(q, k, v, bias, q.shape[-1] ** -0.5, drop)  # (B, h, N, d)
+        with without_autocast(x.device):
+            # A bias with a gradient keeps torch from its fused kernel, and then the plain products are faster.
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            logits = torch.matmul(q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype).mT)
+            weights = (logits + self.rpe_k(tuple(x.shape[1:-1]))).softmax(-1)
+            weights = F.dropout(weights, self.attn_drop, self.training)
+            out = torch.matmul(weights.to(v.dtype), v)  # (B, h, N, d)
         out = out.transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj_drop(self.proj(out))
         return projected
