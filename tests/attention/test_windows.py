@@ -6,9 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from visattn.attention._relative import RelativePositionMlp, RelativePositionTable, toeplitz
 from visattn.attention._windows import (
-    RelativePositionMlp,
-    RelativePositionTable,
     ceil_div,
     crop,
     flat_index,
@@ -17,7 +16,6 @@ from visattn.attention._windows import (
     overlapping_windows,
     pad_axes,
     pad_to,
-    toeplitz,
     window_partition,
     window_reverse,
 )

@@ -8,23 +8,29 @@ from torch import nn
 
 from visattn.attention._natten import na1d, na2d, na3d
 from visattn.attention.agent import AgentAttention
+from visattn.attention.bilevel import BiLevelRoutingAttention
 from visattn.attention.controls import DepthwiseConvolution, Identity
 from visattn.attention.cross_contextual import CrossContextualAttention
 from visattn.attention.dual import ChannelAttention, PositionAttention
 from visattn.attention.ela import EfficientLocalAttention
 from visattn.attention.full import FullAttention
 from visattn.attention.gate import AttentionGate
+from visattn.attention.halo import HaloAttention
+from visattn.attention.lepe import LePEAttention
 from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
 from visattn.attention.partial import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
 from visattn.attention.reverse import ReverseAttention
 
 ATTENTION: dict[str, type[nn.Module]] = {
     "agent": AgentAttention,
+    "bilevel": BiLevelRoutingAttention,
     "channel": ChannelAttention,
     "conv": DepthwiseConvolution,
     "ela": EfficientLocalAttention,
     "full": FullAttention,
+    "halo": HaloAttention,
     "identity": Identity,
+    "lepe": LePEAttention,
     "neighborhood": NeighborhoodAttention,
     "partial_channel": PartialChannelAttention,
     "partial_self": PartialSelfAttention,
@@ -45,12 +51,15 @@ __all__ = [
     "FUSION",
     "AgentAttention",
     "AttentionGate",
+    "BiLevelRoutingAttention",
     "ChannelAttention",
     "CrossContextualAttention",
     "DepthwiseConvolution",
     "EfficientLocalAttention",
     "FullAttention",
+    "HaloAttention",
     "Identity",
+    "LePEAttention",
     "NeighborhoodAttention",
     "PartialChannelAttention",
     "PartialSelfAttention",

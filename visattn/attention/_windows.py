@@ -1,25 +1,16 @@
-"""Windows of channels-last maps of any rank, in pairs: cut and put back, pad and crop; and relative-position biases.
+"""Windows of channels-last maps of any rank, in pairs: cut and put back, pad and crop.
 
-Sources of the two kinds of bias:
-- tables: Liu et al., "Swin Transformer", ICCV 2021, arXiv 2103.14030 (stored flat, query minus key), and Tu et al.,
-  "MaxViT", ECCV 2022, arXiv 2204.01697 (stored as a grid per head, key minus query, in the authors' TensorFlow code).
-- log-MLP: the idea of Liu et al., "Swin Transformer V2", CVPR 2022, arXiv 2111.09883, in the form of timm 1.0.31's
-  MaxViT-RMLP models (Apache-2.0): an MLP of sign(d) ln(1 + |d|), d in tokens, without a sigmoid.
-
-Everything is built from views and a few small matrices, so there are no index buffers, and no size is fixed.
-
-Legend: B batch, *S spatial axes, C channels, W windows, T tokens of a window, h heads, P tokens per axis of a window.
+Legend: B batch, *S spatial axes, C channels, W windows, T tokens of a window, P tokens per axis of a window.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-TableLayout = Literal["flat", "grid"]
 Pool = Callable[..., Tensor]
 ADAPTIVE: dict[tuple[str, int], Pool] = {
     ("ada_avgpool", 2): F.adaptive_avg_pool2d,
@@ -50,6 +41,31 @@ def certain(condition: bool) -> bool:
 def known_zero(*amounts: int) -> bool:
     """Whether every amount is zero for sure, see `certain`."""
     return all(certain(amount == 0) for amount in amounts)
+
+
+def room(count: int) -> int:
+    """`count`, or one more under torch.export where it is symbolic and might be one.
+
+    Tracing settles whether a size is one, and the program would then serve only maps for which the answer is the same.
+    What is added is empty and cut off again.
+    """
+    if not torch.compiler.is_exporting() or certain(count >= 2) or certain(count <= 1):
+        return count
+    return count + 1
+
+
+def real_tokens(window: Sequence[int], device: torch.device) -> Tensor | None:
+    """Which tokens of a window are its own and not added by `room`, (T,); None if all are."""
+    sides = [room(size) for size in window]
+    if all(certain(side == size) for side, size in zip(sides, window, strict=True)):
+        return None
+    token = torch.arange(math.prod(sides), device=device)
+    own = torch.ones_like(token, dtype=torch.bool)
+    inner = math.prod(sides)
+    for side, size in zip(sides, window, strict=True):
+        inner = inner // side
+        own = own & (token // inner % side < size)
+    return own
 
 
 def ceil_div(sizes: Sequence[int], by: Sequence[int]) -> tuple[int, ...]:
@@ -142,8 +158,14 @@ def _order(rank: int, outer_first: bool) -> list[int]:
 def _split(x: Tensor, outer: Sequence[int], inner: Sequence[int], outer_first: bool) -> Tensor:
     batch, channels = x.shape[0], x.shape[-1]
     if torch.compiler.is_exporting():
-        steps = [torch.arange(o, device=x.device)[:, None] * i for o, i in zip(outer, inner, strict=True)]
-        x = _take(x, [step + torch.arange(i, device=x.device) for step, i in zip(steps, inner, strict=True)])
+        steps, beyond = list(inner), list(x.shape[1:-1])
+        outer, inner = [room(each) for each in outer], [room(each) for each in inner]
+        index = []
+        for o, i, step, size in zip(outer, inner, steps, beyond, strict=True):
+            token = torch.arange(i, device=x.device)
+            at = torch.arange(o, device=x.device)[:, None] * step + token
+            index.append(at.where(token < step, size))  # a token that `room` added lies beyond the end
+        x = _take(x, index)
     else:
         x = pad_to(x, [o * i for o, i in zip(outer, inner, strict=True)])
         x = x.reshape(batch, *(size for pair in zip(outer, inner, strict=True) for size in pair), channels)
@@ -157,18 +179,20 @@ def _merge(
 ) -> Tensor:
     batch, channels = windows.shape[0], windows.shape[-1]
     order = _order(len(outer), outer_first)
+    steps = list(inner)
+    outer, inner = [room(each) for each in outer], [room(each) for each in inner]
     x = windows.reshape(batch, *((*outer, *inner) if outer_first else (*inner, *outer)), channels)
     x = x.permute([order.index(axis) for axis in range(len(order))])  # (B, o1, i1, o2, i2, ..., C)
     if torch.compiler.is_exporting():
-        for axis, (size, i) in enumerate(zip(sizes, inner, strict=True), start=1):
+        for axis, (size, step) in enumerate(zip(sizes, steps, strict=True), start=1):
             at = torch.arange(size, device=x.device)
-            x = x[(slice(None),) * axis + (at // i, at % i)]
+            x = x[(slice(None),) * axis + (at // step, at % step)]
         return x
     return crop(x.reshape(batch, *(o * i for o, i in zip(outer, inner, strict=True)), channels), sizes)
 
 
 def _take(x: Tensor, index: Sequence[Tensor]) -> Tensor:
-    """`x` (B, *S, C) at a tensor of positions per spatial axis, whose shape takes the axis's place; zero beyond its end.
+    """`x` (B, *S, C) at a tensor of positions per spatial axis, which takes the axis's place; zero beyond its end.
 
     For torch.export: it puts no condition on symbolic sizes, where views and padding ask about multiples and signs.
     """
@@ -275,94 +299,3 @@ def flat_index(index: Sequence[int], sizes: Sequence[int]) -> int:
     for i, size in zip(index, sizes, strict=True):
         position = position * size + i
     return position
-
-
-def toeplitz(table: Tensor, window: Sequence[int]) -> Tensor:
-    """The bias (h, T, T), query by key, of a table (h, 2P - 1, ...) whose entry P - 1 + key - query is their bias."""
-    rank = len(window)
-    for axis, size in enumerate(window):
-        # unfold gives entry a + b at (a, b); with a = P - 1 - query and b = key this is P - 1 + key - query.
-        table = table.unfold(axis + 1, size, 1)
-    table = table.flip(tuple(range(1, rank + 1)))  # (h, query axes, key axes)
-    tokens = math.prod(window)
-    return table.reshape(table.shape[0], tokens, tokens)
-
-
-class RelativePositionTable(nn.Module):
-    """A learned bias for every offset between two tokens of a window.
-
-    Args:
-        window: Tokens per axis, P.
-        num_heads: Heads h.
-        layout: How the table is stored. `flat`: Swin's [prod(2P - 1), h], by query minus key, drawn from a truncated
-            normal of std 0.02. `grid`: the MaxViT authors' [h, 2P - 1, ...], by key minus query, drawn from a normal of
-            std 0.02.
-    """
-
-    def __init__(self, window: Sequence[int], num_heads: int, layout: TableLayout = "flat") -> None:
-        super().__init__()
-        self.window, self.num_heads, self.layout = tuple(window), num_heads, layout
-        self.sides = tuple(2 * size - 1 for size in window)
-        shape = (math.prod(self.sides), num_heads) if layout == "flat" else (num_heads, *self.sides)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(shape))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the table anew."""
-        if self.layout == "flat":
-            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        else:
-            nn.init.normal_(self.relative_position_bias_table, std=0.02)
-
-    def forward(self) -> Tensor:
-        """The bias (h, T, T), query by key."""
-        table: Tensor = self.relative_position_bias_table
-        if self.layout == "flat":  # reversing the rows turns query minus key into key minus query on every axis
-            table = table.flip(0).t().reshape(self.num_heads, *self.sides)
-        return toeplitz(table, self.window)
-
-    def extra_repr(self) -> str:
-        """Settings for `repr`."""
-        return f"window={self.window}, num_heads={self.num_heads}, layout={self.layout!r}"
-
-
-class _Mlp(nn.Module):
-    """Two layers with a ReLU between, under the official keys fc1 and fc2."""
-
-    def __init__(self, inputs: int, hidden: int, outputs: int, drop: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(inputs, hidden)
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = nn.Linear(hidden, outputs)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(self.drop1(self.fc1(x).relu()))
-        return out
-
-
-class RelativePositionMlp(nn.Module):
-    """A bias computed from the offset between two tokens, so that any window size uses the same weights.
-
-    Args:
-        window: Tokens per axis, P.
-        num_heads: Heads h.
-        hidden: Width of the hidden layer.
-        drop: Probability of dropping a hidden value, in training.
-    """
-
-    def __init__(self, window: Sequence[int], num_heads: int, hidden: int = 512, drop: float = 0.0) -> None:
-        super().__init__()
-        self.window, self.num_heads = tuple(window), num_heads
-        self.mlp = _Mlp(len(self.window), hidden, num_heads, drop)
-
-    def forward(self) -> Tensor:
-        """The bias (h, T, T), query by key."""
-        weight = self.mlp.fc1.weight
-        axes = [torch.arange(size - 1, -size, -1, device=weight.device, dtype=weight.dtype) for size in self.window]
-        offset = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)  # (2P - 1, ..., rank): query minus key,
-        table = self.mlp(offset.sign() * offset.abs().log1p())  # so that the table runs by key minus query
-        return toeplitz(table.movedim(-1, 0), self.window)
-
-    def extra_repr(self) -> str:
-        """Settings for `repr`."""
-        return f"window={self.window}, num_heads={self.num_heads}"

@@ -38,6 +38,7 @@ from visattn.attention._windows import (
     known_zero,
     pad_to,
     pool_windows,
+    real_tokens,
     window_partition,
     window_reverse,
 )
@@ -301,7 +302,7 @@ class BiLevelRoutingAttention(nn.Module):
         inputs, v = cut(x), cut(value_map)  # (B, R, T, C)
         exact = inputs.to(torch.promote_types(x.dtype, torch.float32))
         if self.variant == "legacy" or known_zero(*(p - s for p, s in zip(padded, sizes, strict=True))):
-            q, k, means = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk), exact.mean(2)
+            q, k, means = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk), exact.sum(2) / math.prod(window)
         else:  # zeros after the projection, and means of what lies inside
             q, k = cut(F.linear(x, wq, bq)), cut(F.linear(x, wk, bk))
             means = exact.sum(2) / cut(exact.new_ones(1, *sizes, 1)).sum(2)
@@ -345,7 +346,9 @@ class BiLevelRoutingAttention(nn.Module):
     def _attend_gathered(self, parts: _Windows, r_weight: Tensor, r_idx: Tensor) -> Tensor:
         """(B R, T, C), by collecting the keys of the chosen regions."""
         q, k, v = self._select(parts, r_weight, r_idx)
-        return scaled_dot_product(q, k, v, None, self.scale).transpose(1, 2).flatten(2)
+        own = real_tokens(parts.window, q.device) if self.kv_downsample_mode == "identity" else None
+        mask = None if own is None else own.repeat(r_idx.shape[-1])[None, None, None]  # (1, 1, 1, k U)
+        return scaled_dot_product(q, k, v, mask, self.scale).transpose(1, 2).flatten(2)
 
     def _attend_dense(self, parts: _Windows, r_idx: Tensor) -> Tensor:
         """(B R, T, C), by attention over the map in which the regions that were not chosen are masked."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._halo_product import Layout, halo_product, relative_logits
-from visattn.attention._windows import ceil_div, every, flat_index, pad_axes, window_partition, window_reverse
+from visattn.attention._windows import ceil_div, every, flat_index, pad_axes, room, window_partition, window_reverse
 from visattn.attention.lepe import CONV, pointwise
 
 AXES = ("depth_rel", "height_rel", "width_rel")
@@ -145,7 +145,7 @@ class HaloAttention(nn.Module):
         q, kv, layout = self._blocks(x)
         out = halo_product(q, kv, torch.cat(list(self.pos_embed.parameters())), layout)  # (B, N, Q, h, e)
         sizes = ceil_div(x.shape[1:-1], (self.query_stride,) * self.rank)
-        counts = ceil_div(x.shape[1:-1], self.block_size)
+        counts = [room(count) for count in ceil_div(x.shape[1:-1], self.block_size)]
         out = window_reverse(out.flatten(3), self.query_block, sizes, counts)
         if not self.pooled:
             return out
@@ -178,7 +178,10 @@ class HaloAttention(nn.Module):
         padded = [c * b + 2 * t for c, b, t in zip(counts, self.block_size, self.halo_size, strict=True)]
         full: Tensor = weights.new_zeros(x.shape[0], self.num_heads, *padded)
         start = [c * b for c, b in zip(block, self.block_size, strict=True)]
-        full[(..., *(slice(s, s + w) for s, w in zip(start, self.window, strict=True)))] = weights
+        target = full
+        for axis, (s, w) in enumerate(zip(start, self.window, strict=True), start=2):
+            target = target.narrow(axis, s, w)
+        target.copy_(weights)
         for axis, (t, size) in enumerate(zip(self.halo_size, sizes, strict=True), start=2):
             full = full.narrow(axis, t, size)
         return full
@@ -187,7 +190,7 @@ class HaloAttention(nn.Module):
         """Queries in blocks (B, N, Q, h, d), the padded map of keys and values, and which key lies where."""
         check.channels_last("HaloAttention", x, self.dim, (self.rank,))
         sizes = x.shape[1:-1]
-        counts = ceil_div(sizes, self.block_size)
+        counts = [room(count) for count in ceil_div(sizes, self.block_size)]
         queries = every(x, self.query_stride) if self.query_stride > 1 else x
         q = window_partition(pointwise(self.q, queries), self.query_block, counts)
         q = q.reshape(*q.shape[:3], self.num_heads, self.dim_head)
@@ -209,6 +212,7 @@ class HaloAttention(nn.Module):
             at = (block // inner % count * b)[:, None] + other.reshape(1, -1)  # (N, K), along this axis
             keys = keys + at * stride
             outside = outside | (at < t) | (at >= size + t)
+        outside = outside & ~outside.all(1, keepdim=True)  # a block that `room` added attends to zeros, not to nothing
 
         places = torch.meshgrid(*(torch.arange(b, device=device) for b in self.query_block), indexing="ij")
         rows, axes, first = [], [], 0

@@ -40,8 +40,13 @@ def local_enhancement(dim: int, kernel_size: int, rank: int) -> nn.Module | None
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """`conv` of a channels-last map (B, *S, C); torch runs it on the permuted map as it lies in memory."""
-    out: Tensor = conv(x.movedim(-1, 1)).movedim(1, -1)
+    """`conv` of a channels-last map (B, *S, C), an image as it lies in memory.
+
+    A volume is copied: PyTorch's bfloat16 convolution of channels-last volumes on the CPU gives a wrong gradient of a
+    depthwise kernel of five tokens a side.
+    """
+    permuted = x.movedim(-1, 1)
+    out: Tensor = conv(permuted.contiguous() if x.dim() == 5 else permuted).movedim(1, -1)
     return out
 
 
