@@ -251,9 +251,9 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     best = Path(keep.best_model_path)
     task.suite = "full"
     trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
-    write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
+    report = write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
     if trainer.is_global_zero:
-        print(f"best checkpoint: {best}\nreport: {run / 'report.html'}", file=sys.stderr)
+        print(f"best checkpoint: {best}" + (f"\nreport: {report}" if report else ""), file=sys.stderr)
     return 0
 
 

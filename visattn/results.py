@@ -50,12 +50,15 @@ def write_results(
         checkpoint: The weights that were scored.
         seconds: How long the training or evaluation took.
         epoch: Epoch of the checkpoint, counted from 0.
+
+    Returns:
+        The report, or None where this process writes nothing or the extra `report` is not installed.
     """
     assert task.validation_metrics is not None
     rows = task.validation_metrics.rows()
     means = task.validation_metrics.compute()
     if not is_first_process():
-        return
+        return None
     write_cases(folder / "cases.csv", rows, split)
     summary = {
         "notice": NOTICE,
@@ -79,7 +82,7 @@ def write_results(
     _write_overlays(folder / "overlays", task, data, data.cases[split], rows)
     if (folder / "metrics.csv").is_file():
         write_curves(folder)
-    write_report(folder)
+    return write_report(folder)
 
 
 def write_cases(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
