@@ -36,8 +36,8 @@ def write_results(
     split: str,
     checkpoint: Path,
     seconds: float,
-    epoch: int | None = None,
-) -> None:
+    epoch: int,
+) -> Path | None:
     """Write `cases.csv`, `summary.json`, `overlays/`, `curves.png` and `report.html` into `folder`.
 
     Every process of a distributed run calls this, since the cases are gathered; the first one writes.

@@ -62,12 +62,6 @@ def check_network(config: Mapping[str, Any]) -> None:
             raise UserError(
                 f"network '{name}' has no argument '{key}'.{hint}\nIt takes: {', '.join(dict.fromkeys(valid))}"
             )
-        if key == "backbone" and isinstance(value, str) and any(mark in value for mark in ":/\\"):
-            # timm would fetch such a name; and a checkpoint that carries it is refused when it is read.
-            raise UserError(
-                f"network '{name}': backbone must be a plain timm name, got '{value}'.\n"
-                "Give weights from elsewhere as pretrained: PATH."
-            )
         if key in ("in_channels", "classes", "channels") and (type(value) is not int or value < 1):
             raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
         if key == "activation" and value not in (None, "sigmoid", "softmax"):
