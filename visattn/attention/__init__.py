@@ -17,6 +17,7 @@ from visattn.attention.full import FullAttention
 from visattn.attention.gate import AttentionGate
 from visattn.attention.halo import HaloAttention
 from visattn.attention.lepe import LePEAttention
+from visattn.attention.maxvit import GridAttention, WindowAttention
 from visattn.attention.neighborhood import NeighborhoodAttention, neighborhood_attention
 from visattn.attention.partial import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
 from visattn.attention.reverse import ReverseAttention
@@ -28,6 +29,7 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "conv": DepthwiseConvolution,
     "ela": EfficientLocalAttention,
     "full": FullAttention,
+    "grid": GridAttention,
     "halo": HaloAttention,
     "identity": Identity,
     "lepe": LePEAttention,
@@ -36,6 +38,7 @@ ATTENTION: dict[str, type[nn.Module]] = {
     "partial_self": PartialSelfAttention,
     "partial_spatial": PartialSpatialAttention,
     "position": PositionAttention,
+    "window": WindowAttention,
 }
 """Blocks with one input, by the name that recipes use."""
 
@@ -57,6 +60,7 @@ __all__ = [
     "DepthwiseConvolution",
     "EfficientLocalAttention",
     "FullAttention",
+    "GridAttention",
     "HaloAttention",
     "Identity",
     "LePEAttention",
@@ -66,6 +70,7 @@ __all__ = [
     "PartialSpatialAttention",
     "PositionAttention",
     "ReverseAttention",
+    "WindowAttention",
     "na1d",
     "na2d",
     "na3d",
