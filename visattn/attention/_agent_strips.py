@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from visattn.attention._agent import agent_weights, biases, register_tables, two_steps
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool
-from visattn.attention._windows import ceil_div, flat_index, known_zero, window_partition, window_reverse
+from visattn.attention._windows import flat_index, known_zero, window_partition, window_reverse
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -66,6 +66,13 @@ class AgentStrips(nn.Module):
             return list(size)
         return [each if axis == self.axis else self.split_size for axis, each in enumerate(size)]
 
+    def _counts(self, size: Sequence[int]) -> list[int]:
+        """Strips per axis of a map of `size`; said outright where it is 1, which keeps symbolic sizes simple."""
+        return [
+            1 if self.axis in (None, axis) else (each + self.split_size - 1) // self.split_size
+            for axis, each in enumerate(size)
+        ]
+
     def forward(self, qkv: Tensor) -> Tensor:
         """Mix within strips.
 
@@ -76,8 +83,8 @@ class AgentStrips(nn.Module):
             (B, *S, C).
         """
         size = qkv.shape[2:-1]
-        strip = self._strip(size)
-        q, k, v = (window_partition(part, strip) for part in qkv.unbind(0))  # (B, T, P, C)
+        strip, counts = self._strip(size), self._counts(size)
+        q, k, v = (window_partition(part, strip, counts) for part in qkv.unbind(0))  # (B, T, P, C)
         with without_autocast(qkv.device):
             agents, bias = self._agents(q, size, strip)
             drop = self.attn_drop if self.training else 0.0
@@ -85,14 +92,13 @@ class AgentStrips(nn.Module):
             out = out.transpose(2, 3).flatten(-2)  # (B, T, P, C)
         maps = v.reshape(v.shape[0] * v.shape[1], *strip, v.shape[-1])
         convolved = self.get_v(maps.movedim(-1, 1)).movedim(1, -1)
-        return window_reverse(out + convolved.reshape(v.shape), strip, size)
+        return window_reverse(out + convolved.reshape(v.shape), strip, size, counts)
 
     def attention_map(self, qkv: Tensor, query: Sequence[int]) -> Tensor:
         """How much the token at index `query` attends to every token of the map (3, B, *S, C): (B, h, *S)."""
         size = qkv.shape[2:-1]
-        strip = self._strip(size)
-        counts = ceil_div(size, strip)
-        q, k = (window_partition(part, strip) for part in qkv[:2])
+        strip, counts = self._strip(size), self._counts(size)
+        q, k = (window_partition(part, strip, counts) for part in qkv[:2])
         with without_autocast(qkv.device):
             agents, bias = self._agents(q, size, strip)
             first, second = agent_weights(self._split(q), self._split(k), self._split(agents), bias)
@@ -101,16 +107,17 @@ class AgentStrips(nn.Module):
         row = torch.einsum("bhn,bhnp->bhp", second[:, which, ..., inside], first[:, which])
         weights = row.new_zeros(q.shape[0] * self.num_heads, q.shape[1], q.shape[2], 1)
         weights[:, which, :, 0] = row.flatten(0, 1)
-        return window_reverse(weights, strip, size).reshape(q.shape[0], self.num_heads, *size)
+        return window_reverse(weights, strip, size, counts).reshape(q.shape[0], self.num_heads, *size)
 
     def _agents(self, q: Tensor, size: Sequence[int], strip: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Agents (B, T, n, C), times the scale, of the queries `q` (B, T, P, C), and the biases of both steps."""
         agents = pool(q.reshape(q.shape[0] * q.shape[1], *strip, q.shape[-1]), self.grid)
         agents = agents.reshape(q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1]) * self.scale
         bias = biases(self, strip, strip, (self.stored_grid, self.grid))
-        if known_zero(*(each % side for each, side in zip(size, strip, strict=True))):
+        counts = self._counts(size)
+        if known_zero(*(count * side - each for each, side, count in zip(size, strip, counts, strict=True))):
             return agents, bias
-        real = window_partition(torch.ones((1, *size, 1), device=q.device), strip)[0]  # (T, P, 1)
+        real = window_partition(torch.ones((1, *size, 1), device=q.device), strip, counts)[0]  # (T, P, 1)
         share = pool(real.reshape(-1, *strip, 1), self.grid).flatten(1, -2)  # (T, n, 1), how much of a cell is map
         agents = agents / share.clamp(min=1e-6).to(agents.dtype)
         return agents, (blocked(real).mT[:, None] + bias[0], blocked(share)[:, None] + bias[1])
