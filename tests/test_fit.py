@@ -100,8 +100,8 @@ def test_cases_are_scored_on_exactly_what_predict_writes(run, polyps, tmp_path):
 
 
 def test_validate_repeats_the_scores_of_fit(run, polyps, capsys):
-    arguments = ["validate", "--config", "polyp_pranet", "--run", str(run), "--data.root", str(polyps), *SMALL]
-    assert main(arguments) == 0
+    assert main(["validate", "--config", str(run / "config.yaml"), "--run", str(run)]) == 0
+    assert json.loads((run / "validate" / "summary.json").read_text())["recipe"] == "polyp_pranet"
     assert rows_of(run / "validate" / "cases.csv") == rows_of(run / "cases.csv")
 
 

@@ -5,6 +5,7 @@ recipe, `visattn.recipe` has refused every class that is not in a table; the imp
 and it also covers values that jsonargparse would import (callables, class paths on the command line).
 """
 
+import json
 import os
 import re
 import sys
@@ -266,6 +267,8 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     if not data.cases[split]:
         key = "data.split.val" if split == "val" else "data.test_root or data.split.test"
         raise UserError(f"{stage}: the recipe names no {split} cases; set {key}")
+    if own is not None and (own / "summary.json").is_file():  # the recipe given here may be the run's config.yaml
+        task.recipe_name = json.loads((own / "summary.json").read_text())["recipe"]
     output = (own if own is not None else new_run(root, name)) / stage
     task.suite = "full"
     trainer = cli.build_trainer(

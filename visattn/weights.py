@@ -134,7 +134,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 "visattn reads tensors and plain values only; ask for the weights as .safetensors."
             ) from error
         raise UserError(f"{path}: no weights file: neither safetensors nor torch.save can read it.") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError, OSError, struct.error) as error:
+    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
         raise UserError(
             f"{path}: truncated or damaged weights file ({type(error).__name__}).\nCopy it again."
         ) from error

@@ -1,0 +1,1 @@
+"""Backbones of our own, registered with timm; none yet: heads take any timm backbone by name."""
