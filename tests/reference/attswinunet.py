@@ -50,7 +50,8 @@ def swin_block(x, state, name, heads, shift):
         apart = label[..., None] != label[..., None, :]
         logits = logits - 100.0 * apart[:, :, :, None]
     out = (logits.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
-    out = linear(out, state, f"{name}.attn.proj").reshape(x.shape[0], height // WINDOW, width // WINDOW, WINDOW, WINDOW, -1)
+    out = linear(out, state, f"{name}.attn.proj")
+    out = out.reshape(x.shape[0], height // WINDOW, width // WINDOW, WINDOW, WINDOW, -1)
     out = out.transpose(2, 3).reshape(x.shape).roll((shift, shift), (1, 2))
     x = x + out
     hidden = F.gelu(linear(layer_norm(x, state, f"{name}.norm2"), state, f"{name}.mlp.fc1"))
