@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.export import Dim
 
 from visattn.attention import _neighborhood_tiles as tiles
 from visattn.attention import _neighborhood_tiling as tiling
@@ -495,6 +496,17 @@ class TestModule:
         for group in (0, 1):
             part = torch.nn.functional.scaled_dot_product_attention(*(each[:, group::2] for each in (q, k, v)))
             torch.testing.assert_close(block(x)[:, group::2], block.proj(part))
+
+    @pytest.mark.parametrize(
+        "settings", [{}, {"kernel_size": 4, "stride": 4, "dilation": 2}, {"is_causal": (True, False), "stride": 3}]
+    )
+    def test_exports_for_maps_smaller_than_a_window_too(self, settings):
+        block = NeighborhoodAttention(8, 2, backend="torch", **settings).eval()
+        shapes = ({0: Dim("batch", min=1, max=4), 1: Dim("height", min=2, max=40), 2: Dim("width", min=2, max=40)},)
+        exported = torch.export.export(block, (torch.randn(2, 9, 10, 8),), dynamic_shapes=shapes, strict=False).module()
+        for sizes in ((2, 2), (7, 40), (8, 9), (33, 17)):
+            x = torch.randn(3, *sizes, 8)
+            torch.testing.assert_close(exported(x), block(x), rtol=1e-4, atol=1e-6)
 
     @pytest.mark.parametrize("small_maps", ["clip", "pad"])
     @pytest.mark.parametrize(("sizes", "query"), [((9, 8), (8, 0)), ((9, 8), (4, 5)), ((3, 9), (1, 7))])

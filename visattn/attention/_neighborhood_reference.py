@@ -22,11 +22,12 @@ def _tables(length: int, axis: Axis, device: torch.device) -> tuple[Tensor, Tens
         The key's position (in range even where there is no such key), whether there is one, and key index - query index
         + kernel - 1, the index into a table of relative positions.
     """
-    x, first, last = limits(length, axis, device)
+    position = torch.arange(length, device=device)
+    x, group = position // axis.dilation, position % axis.dilation
+    first, last = limits(x, (length - group + axis.dilation - 1) // axis.dilation, axis)
     key = first[:, None] + torch.arange(axis.kernel, device=device)
     valid = key < last[:, None]
     key = torch.minimum(key, last[:, None] - 1)
-    group = torch.arange(length, device=device) % axis.dilation
     return group[:, None] + axis.dilation * key, valid, key - x[:, None] + axis.kernel - 1
 
 

@@ -102,21 +102,11 @@ def bounds(members: int, axis: Axis) -> tuple[tuple[int, int], ...]:
     return tuple(pairs)
 
 
-def limits(length: int, axis: Axis, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`bounds` of every position of an axis, as tensors; `length` may be symbolic.
-
-    Returns:
-        index: (length,) int64, x, the place of the position within its dilation group.
-        first: (length,) int64, its first key, counted within the group.
-        last: (length,) int64, one past its last key.
-    """
-    kernel, stride, dilation, causal = axis
-    position = torch.arange(length, device=device)
-    x = position // dilation
-    members = (length - position % dilation + dilation - 1) // dilation
-    leader = x // stride * stride + (stride - 1 if causal else stride // 2)
-    leader = torch.minimum(leader, members - 1)
+def limits(x: Tensor, members: Tensor, axis: Axis) -> tuple[Tensor, Tensor]:
+    """`bounds` of the queries of index `x` in dilation groups of `members`, as two tensors; sizes may be symbolic."""
+    kernel, stride, _, causal = axis
+    leader = torch.minimum(x // stride * stride + (stride - 1 if causal else stride // 2), members - 1)
     if causal:
-        return x, (leader - kernel + 1).clamp(min=0), x + 1
+        return (leader - kernel + 1).clamp(min=0), x + 1
     first = torch.minimum(leader - kernel // 2, members - kernel).clamp(min=0)
-    return x, first, torch.minimum(first + kernel, members)
+    return first, torch.minimum(first + kernel, members)

@@ -64,7 +64,9 @@ class DepthwiseConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C); ValueError for another shape."""
         check.channels_last("DepthwiseConvolution", x, self.dim, (self.rank,))
-        out: Tensor = self.conv(x.movedim(-1, 1)).movedim(1, -1)
+        # Contiguous, since PyTorch's bfloat16 convolution of channels-last volumes on the CPU gives a wrong gradient of
+        # the weights where an axis is shorter than the kernel (seen in 2.15).
+        out: Tensor = self.conv(x.movedim(-1, 1).contiguous()).movedim(1, -1)
         return out
 
     def extra_repr(self) -> str:

@@ -153,8 +153,11 @@ def attend(
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    clipped = any(axis.kernel * axis.dilation > size for axis, size in zip(axes, query.shape[1:-2], strict=True))
-    chosen = resolve(backend, query, unsupported=rpb is not None or clipped)
+    unsupported = rpb is not None
+    if backend != "torch" and not torch.compiler.is_compiling():  # no condition on sizes that may be symbolic
+        sizes = query.shape[1:-2]
+        unsupported |= any(axis.kernel * axis.dilation > size for axis, size in zip(axes, sizes, strict=True))
+    chosen = resolve(backend, query, unsupported)
     if chosen == "reference":
         out, lse = neighborhood_reference(query, key, value, axes, scale, rpb)
         return out, lse if return_lse else None
