@@ -21,15 +21,21 @@ from torch import Tensor, nn
 TableLayout = Literal["flat", "grid"]
 
 
-def toeplitz(table: Tensor, window: Sequence[int]) -> Tensor:
-    """The bias (h, T, T), query by key, of a table (h, 2P - 1, ...) whose entry P - 1 + key - query is their bias."""
+def toeplitz(table: Tensor, window: Sequence[int], query_minus_key: bool = False) -> Tensor:
+    """The bias (h, T, T), query by key, of a table (h, 2P - 1, ...) by offset.
+
+    Args:
+        table: Entry P - 1 + d of each axis belongs to the offset d.
+        window: Tokens per axis, P.
+        query_minus_key: Whether d is query minus key, otherwise key minus query.
+    """
     rank = len(window)
     for axis, size in enumerate(window):
-        # unfold gives entry a + b at (a, b); with a = P - 1 - query and b = key this is P - 1 + key - query.
+        # unfold gives entry a + b at (a, b); one of the two counted backwards makes of it P - 1 plus a difference.
         table = table.unfold(axis + 1, size, 1)
-    table = table.flip(tuple(range(1, rank + 1)))  # (h, query axes, key axes)
+    table = table.flip(tuple(range(rank + 1, 2 * rank + 1) if query_minus_key else range(1, rank + 1)))
     tokens = math.prod(window)
-    return table.reshape(table.shape[0], tokens, tokens)
+    return table.reshape(table.shape[0], tokens, tokens)  # from (h, query axes, key axes)
 
 
 class RelativePositionTable(nn.Module):
@@ -61,9 +67,9 @@ class RelativePositionTable(nn.Module):
     def forward(self) -> Tensor:
         """The bias (h, T, T), query by key."""
         table: Tensor = self.relative_position_bias_table
-        if self.layout == "flat":  # reversing the rows turns query minus key into key minus query on every axis
-            table = table.flip(0).t().reshape(self.num_heads, *self.sides)
-        return toeplitz(table, self.window)
+        if self.layout == "flat":
+            table = table.t().reshape(self.num_heads, *self.sides)
+        return toeplitz(table, self.window, self.layout == "flat")
 
     def extra_repr(self) -> str:
         """Settings for `repr`."""

@@ -358,7 +358,8 @@ class BiLevelRoutingAttention(nn.Module):
         if certain(r_idx.shape[-1] == regions):
             out = scaled_dot_product(q, k, v, None, self.scale)
         else:
-            chosen = torch.zeros(batch, regions, regions, dtype=torch.bool, device=r_idx.device).scatter(2, r_idx, True)
+            # Additive, as the kernel wants it: a boolean mask would be converted at full size.
+            chosen = q.new_full((batch, regions, regions), -torch.inf).scatter(2, r_idx, 0.0)
             group = max(1, MASK_ENTRIES // (tokens * regions * keys))
             outs = []
             for first in range(0, regions, group):
