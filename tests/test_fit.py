@@ -143,6 +143,22 @@ def test_finished_or_missing_runs_are_named(run, polyps, tmp_path, capsys):
     assert "no run of 'polyp_pranet'" in capsys.readouterr().err
 
 
+def test_a_recipe_of_another_network_is_told_and_leaves_the_run_as_it_was(run, polyps, capsys):
+    before = (run / "config.yaml").read_bytes()
+    other = ["--ckpt_path", "last", "--model.network.backbone", "resnet18"]
+    assert run_fit(polyps, run, *other) == 2
+    assert "config.yaml of its run folder" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    arguments = ["--config", str(run / "config.yaml"), "--run", str(run), "--model.network.backbone", "resnet18"]
+    assert main(["validate", *arguments]) == 2
+    assert "entries differ" in capsys.readouterr().err
+
+
+def test_a_run_without_validation_says_why_it_has_no_best_checkpoint(polyps, tmp_path, capsys):
+    assert run_fit(polyps, tmp_path / "run", "--trainer.limit_val_batches", "0", epochs=1) == 2
+    assert "no epoch was validated" in capsys.readouterr().err
+
+
 def test_mistakes_leave_no_run_folder(polyps, tmp_path, capsys):
     for number, wrong in enumerate(
         (
@@ -151,6 +167,11 @@ def test_mistakes_leave_no_run_folder(polyps, tmp_path, capsys):
             ["--model.network.backbone", "resnet10"],
             ["--trainer.max_epoch", "3"],
             ["--data.size", "abc"],
+            ["--data.split.files", "3"],
+            ["--model.optimizer.lr", "-1"],
+            ["--model.optimizer.betas", "3"],
+            ["--model.schedule", "{name: step, milestones: abc}"],
+            ["--model.backbone_lr_factor", "-1"],
         )
     ):
         folder = tmp_path / f"run{number}"

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from visattn import recipe as recipes
 from visattn.callbacks import EpochTable, RandomState, TrainingProgress
-from visattn.checkpoint import load_plain
+from visattn.checkpoint import load_plain, read_checkpoint
 from visattn.checkpoint_io import AtomicCheckpointIO
 from visattn.data import DATA
 from visattn.errors import UserError, nearest
@@ -213,6 +213,8 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     task.configure_model()  # finds what is wrong with network and loss, likewise
     if checkpoint is None:
         run = start_run(root, name, run)
+    else:
+        _check_weights(task, checkpoint)  # before this recipe takes the place of the run's own config.yaml
     assert run is not None
     if is_first_process():
         write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
@@ -249,6 +251,11 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     if trainer.interrupted:
         raise UserError(f"interrupted. Continue with: --ckpt_path last --run {run}")
     seconds = time.monotonic() - started
+    if not keep.best_model_path:
+        raise UserError(
+            f"no epoch was validated, so there is no best.ckpt and no report in {run}.\n"
+            "Check trainer.max_epochs, check_val_every_n_epoch, limit_val_batches and fast_dev_run."
+        )
     best = Path(keep.best_model_path)
     task.suite = "full"
     trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
@@ -267,6 +274,8 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     if not data.cases[split]:
         key = "data.split.val" if split == "val" else "data.test_root or data.split.test"
         raise UserError(f"{stage}: the recipe names no {split} cases; set {key}")
+    task.configure_model()
+    _check_weights(task, checkpoint)
     if own is not None and (own / "summary.json").is_file():  # the recipe given here may be the run's config.yaml
         task.recipe_name = json.loads((own / "summary.json").read_text())["recipe"]
     output = (own if own is not None else new_run(root, name)) / stage
@@ -283,6 +292,20 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     if trainer.is_global_zero:
         print(f"results: {output}", file=sys.stderr)
     return 0
+
+
+def _check_weights(task: SegmentationTask, checkpoint: Path) -> None:
+    """Refuse a checkpoint whose weights are not those of the recipe's network."""
+    assert task.network is not None
+    given, own = read_checkpoint(checkpoint).state_dict, task.network.state_dict()
+    wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
+    wrong += [key for key in given if key not in own]
+    if wrong:
+        raise UserError(
+            f"--ckpt_path: the network of the recipe is not that of {checkpoint}: {len(wrong)} entries differ "
+            f"(first: {wrong[0]}).\n"
+            "Give the recipe and keys that it was trained with; they stand in config.yaml of its run folder."
+        )
 
 
 def _epoch(checkpoint: Path) -> int:

@@ -58,6 +58,7 @@ class SegmentationTask(L.LightningModule):
         check_network(network)
         check_optimizer(optimizer)
         check_schedule(schedule or {"name": "constant"})
+        _try_values(optimizer, schedule, backbone_lr_factor)
         if init_from is not None and not Path(init_from).is_file():
             raise UserError(f"model.init_from: no such file: {init_from}")
         self.config: dict[str, Any] = {
@@ -186,6 +187,21 @@ class SegmentationTask(L.LightningModule):
             data={"description": self.data.description, "fingerprint": self.data.fingerprint},
             threshold=THRESHOLD,
         )
+
+
+def _try_values(optimizer: dict[str, Any], schedule: dict[str, Any] | None, backbone_lr_factor: float) -> None:
+    """Build optimiser and schedule for one weight, so that a value that torch refuses is told at once."""
+    if not backbone_lr_factor >= 0:
+        raise UserError(f"model.backbone_lr_factor: must be a number >= 0, got {backbone_lr_factor}")
+    try:
+        # zeros: drawing weights would move the generator that the network's own are drawn from
+        trial = build_optimizer(optimizer, nn.ParameterList([torch.zeros(1, 1)]))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.optimizer: {str(error).splitlines()[0]}") from error
+    try:
+        build_schedule({**(schedule or {}), "warmup_epochs": 0}, trial, 1, 1.0)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.schedule: {str(error).splitlines()[0]}") from error
 
 
 def _tell(text: str) -> None:

@@ -170,6 +170,8 @@ def test_split_file_mistakes_are_explained(tmp_path, content, message):
         ({"val": "0.1"}, "share"),
         ({"val": 0.6, "test": 0.4}, "something for each part"),
         ({"folds": 1}, "at least 2"),
+        ({"group_by": 3}, "needs a text"),
+        ({"files": 3}, "needs a text"),
         ({"folds": 3, "fold": 3}, "0 to 2"),
     ],
 )

@@ -53,6 +53,10 @@ class Split:
             if key not in known:
                 raise unknown("key of data.split", str(key), known)
         split = cls(**dict(config or {}))
+        for key in ("group_by", "files"):
+            value = getattr(split, key)
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"data.split.{key}: needs a text, got {value!r}")
         for key in ("val", "test"):
             value = getattr(split, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
