@@ -10,8 +10,7 @@ Cases come from `attention_cases/*.py`. Each module has CASES, a list of tuples
 `ours` and `baseline` build modules, `make_inputs` the tensors that both are called with; `floors` are the least ratios
 of the baseline's time to ours, forward and forward with backward. Outputs must be equal, unless `extra` (a dict) names
 under "reference" another builder to compare ours with, for a baseline that computes something else. "work" in it is the
-forward pass's (floating-point operations, bytes read and written, exponentials), for the ratio to what the machine could
-do.
+forward pass's (floating-point operations, bytes moved, exponentials), for the ratio to what the machine could do.
 
 Times are thread CPU time, medians of interleaved runs, so that other processes and frequency changes hit both alike.
 Peak memory is what PyTorch's allocator hands out during a call, as a multiple of the inputs' bytes.
