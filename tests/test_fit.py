@@ -105,6 +105,18 @@ def test_validate_repeats_the_scores_of_fit(run, polyps, capsys):
     assert rows_of(run / "validate" / "cases.csv") == rows_of(run / "cases.csv")
 
 
+def test_a_checkpoint_of_other_labels_is_not_scored(run, capsys):
+    other = ["--data.labels", "{background: 0, adenoma: 255}"]
+    assert main(["validate", "--config", str(run / "config.yaml"), "--run", str(run), *other]) == 2
+    assert "are not the labels of" in capsys.readouterr().err
+
+
+def test_early_stopping_by_a_known_score(polyps, tmp_path):
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/dice, mode: max, patience: 1, min_delta: 2.0}}]"
+    assert run_fit(polyps, tmp_path / "run", "--trainer.callbacks", stop, epochs=6) == 0
+    assert len(rows_of(tmp_path / "run" / "metrics.csv")) == 2
+
+
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(polyps, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_fit(polyps, whole, epochs=3) == 0
@@ -167,6 +179,10 @@ def test_mistakes_leave_no_run_folder(polyps, tmp_path, capsys):
             ["--model.network.backbone", "resnet10"],
             ["--trainer.max_epoch", "3"],
             ["--data.size", "abc"],
+            ["--seed_everything", "-1"],
+            ["--model.loss.deep_supervision", "[1, 1]"],
+            ["--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitor: val/dcie}}]"],
+            ["--trainer.callbacks", "[{class_path: EarlyStopping, init_args: {monitr: val/dice}}]"],
             ["--data.split.files", "3"],
             ["--model.optimizer.lr", "-1"],
             ["--model.optimizer.betas", "3"],

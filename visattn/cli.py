@@ -163,7 +163,7 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool, columns: Sequence[str]
     columns = columns or list(rows[0])
     for column in columns:
         long = column == "about"
-        table.add_column(column, no_wrap=column == "name", min_width=26 if long else None)
+        table.add_column(column, no_wrap=column == "name", min_width=26 if long else None, overflow="fold")
     for row in rows:
         values = (row[column] for column in columns)
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in values))
@@ -172,9 +172,15 @@ def _table(rows: Sequence[dict[str, Any]], as_json: bool, columns: Sequence[str]
 
 
 def _recipes(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from visattn.networks import describe
     from visattn.recipe import describe_recipes
 
-    return _table(describe_recipes(), options.json, ("name", "network", "about"))
+    about = {row["name"]: row for row in describe()}
+    rows = []
+    for row in describe_recipes():
+        network = about.get(row["network"].split(" + ")[0], {})
+        rows.append(row | {key: network.get(key, "") for key in ("parameters", "paper", "licence")})
+    return _table(rows, options.json, ("name", "network", "about"))
 
 
 def _models(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -31,13 +31,15 @@ from visattn.callbacks import EpochTable, RandomState, TrainingProgress
 from visattn.checkpoint import load_plain, read_checkpoint
 from visattn.checkpoint_io import AtomicCheckpointIO
 from visattn.data import DATA
-from visattn.errors import UserError, nearest
+from visattn.errors import UserError, nearest, unknown
 from visattn.files import write_text_atomic
+from visattn.labels import Labels
 from visattn.results import write_results
 from visattn.runs import ROOT, find_checkpoint, is_first_process, new_run, start_run
 from visattn.task import SegmentationTask
 
 MONITOR = "val/dice"
+MONITORS = ("train/loss", "val/loss", "val/dice", "val/iou")
 
 
 class RecipeCLI(LightningCLI):
@@ -120,8 +122,11 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
     Raises:
         UserError: a key is unknown or a value has the wrong type; jsonargparse's own text is cut to what matters.
     """
+    seed = tree.get("seed_everything", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed_everything: must be a whole number from 0 to 2**32 - 1, got '{seed}'")
     # One seed for everything, unless the recipe asks for another split or order; explicit, so that config.yaml says it.
-    tree["data"]["init_args"].setdefault("seed", int(tree.get("seed_everything", 0) or 0))
+    tree["data"]["init_args"].setdefault("seed", seed)
     for section in ("model", "data"):
         path, given = tree[section]["class_path"], tree[section]["init_args"]
         parameters = signature(_named(path)).parameters
@@ -130,6 +135,7 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
             if parameter.default is parameter.empty and key not in given:
                 raise UserError(f"{section}: the key '{key}' is missing from init_args of {path.rpartition('.')[2]}")
     recipes.check_keys("trainer", tree.get("trainer") or {}, signature(L.Trainer).parameters)
+    _check_callbacks((tree.get("trainer") or {}).get("callbacks") or [])
     try:
         with warnings.catch_warnings():
             # Raised because the process has a command line; we pass the merged recipe on purpose.
@@ -139,6 +145,21 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
         raise
     except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, all with long texts
         raise UserError(_shorten(str(error))) from error
+
+
+def _check_callbacks(given: Any) -> None:
+    """Refuse keys that a callback does not take, and a monitor that no epoch logs."""
+    for index, item in enumerate(given if isinstance(given, list) else [given]):
+        where, spec = f"trainer.callbacks[{index}]", item if isinstance(item, dict) else {"class_path": item}
+        name = recipes.class_name(where, spec["class_path"], recipes.CALLBACKS)
+        arguments = spec.get("init_args") or {}
+        parameters = signature(_named(recipes.CALLBACKS[name])).parameters
+        recipes.check_keys(where, arguments, parameters)
+        for key, parameter in parameters.items():
+            if parameter.default is parameter.empty and key not in arguments and "kwargs" not in key:
+                raise UserError(f"{where}: the key '{key}' is missing from init_args of {name}")
+        if "monitor" in parameters and arguments.get("monitor") not in MONITORS:
+            raise unknown(f"score at {where}.monitor:", str(arguments.get("monitor")), MONITORS)
 
 
 def _shorten(message: str) -> str:
@@ -180,6 +201,11 @@ def run_stage(
     Returns:
         The exit code, 0.
     """
+    if stage != "fit":  # the checkpoint brings the weights
+        arguments = tree["model"]["init_args"]
+        arguments["init_from"] = None
+        if isinstance(arguments.get("network"), dict):
+            arguments["network"] = {**arguments["network"], "pretrained": False}
     with _quiet():
         cli = parse(tree)
         if print_config:
@@ -295,9 +321,17 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
 
 
 def _check_weights(task: SegmentationTask, checkpoint: Path) -> None:
-    """Refuse a checkpoint whose weights are not those of the recipe's network."""
+    """Refuse a checkpoint whose labels or weights are not those of the recipe."""
     assert task.network is not None
-    given, own = read_checkpoint(checkpoint).state_dict, task.network.state_dict()
+    content = read_checkpoint(checkpoint)
+    trained = Labels.from_config(**content.labels)
+    # The values in the files may differ (0 and 1, 0 and 255); what the channels mean may not.
+    if (trained.names, trained.regions) != (task.labels.names, task.labels.regions):
+        raise UserError(
+            f"data.labels: {list(task.labels.names)} are not the labels of {checkpoint}, in their order: "
+            f"{list(trained.names)}.\nIts scores would belong to other classes."
+        )
+    given, own = content.state_dict, task.network.state_dict()
     wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
     wrong += [key for key in given if key not in own]
     if wrong:

@@ -99,6 +99,13 @@ class SegmentationTask(L.LightningModule):
         self.loss = build_loss(self.config["loss"], self.labels)
         pretrained = self.config["network"].get("pretrained", False) if self.init_from is None else False
         self.network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
+        names = getattr(self.network, "output_names", ("logits",))
+        weights = self.config["loss"].get("deep_supervision")
+        if isinstance(weights, list) and len(weights) != len(names):
+            raise UserError(
+                f"model.loss.deep_supervision: has {len(weights)} weights for the {len(names)} maps of the network: "
+                f"{', '.join(names)}"
+            )
         if self.init_from is not None:
             _tell(initialise_from(self.network, self.init_from))
         frozen = freeze(self.network, self.freeze_patterns)
