@@ -15,8 +15,9 @@ from torch.export import Dim
 
 from visattn.attention import _neighborhood_tiles as tiles
 from visattn.attention import _neighborhood_tiling as tiling
+from visattn.attention import _neighborhood_traced as traced
 from visattn.attention import na1d, na2d, na3d, neighborhood_attention
-from visattn.attention._neighborhood_plan import boxes_of, units_of
+from visattn.attention._neighborhood_plan import boxes_of, turns_of, units_of, view_of
 from visattn.attention._neighborhood_traced import neighborhood_traced
 from visattn.attention._neighborhood_windows import Axis, axes_of, bounds
 from visattn.attention.neighborhood import NeighborhoodAttention, attend
@@ -192,6 +193,40 @@ class TestDefinition:
             forget()
         for value, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    @given(setting=random_settings(largest=(40, 14, 9)), seed=st.integers(0, 99), tile=st.integers(1, 4))
+    @settings(max_examples=25, deadline=None)
+    def test_the_size_of_a_traced_tile_does_not_matter(self, setting, seed, tile):
+        """Small tiles: one stride group each, many of them, and short dilation groups that begin one key earlier."""
+        q, k, v, rpb = setting.tensors(seed=seed)
+        wanted = call(setting, "reference", rpb, q, k, v)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(traced, "TILE", dict.fromkeys((1, 2, 3), tile))
+            for value, want in zip(call(setting, "traced", rpb, q, k, v), wanted, strict=True):
+                torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    def test_a_short_dilation_group_may_begin_one_key_earlier(self):
+        setting = Setting((17, 9), (8, 8), (8, 8), (2, 1), (False, False), 1, 1, 1, 4, 4, False)
+        q, k, v, _ = setting.tensors()
+        wanted = call(setting, "reference", None, q, k, v)
+        for backend in ("torch", "traced"):
+            for value, want in zip(call(setting, backend, None, q, k, v), wanted, strict=True):
+                torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    @given(setting=random_settings(largest=(60, 20, 9)), tile=st.integers(1, 6))
+    @settings(max_examples=30, deadline=None)
+    def test_tiles_that_are_added_in_one_turn_do_not_overlap(self, setting, tile):
+        """In-place addition to memory that overlaps itself is right by luck on one thread only."""
+        shape = (setting.batch, *setting.sizes, setting.groups, 2)
+        numbers = torch.arange(int(np.prod(shape))).reshape(shape)
+        units, _ = units_of(setting.sizes, setting.axes, 16, 2, 10**tile)
+        for box in boxes_of(units, setting.batch, setting.groups, 1, 2, 10**tile):
+            view = view_of((shape, numbers.stride()), box, units[box.unit], setting.axes, "k")
+            turns = turns_of(view, units[box.unit])
+            found = [numbers.as_strided(target.sizes, target.strides, target.offset).flatten() for _, target in turns]
+            assert all(len(each.unique()) == len(each) for each in found)
+            every = numbers.as_strided(view.sizes, view.strides, view.offset).flatten()
+            assert torch.equal(torch.cat(found).sort().values, every.sort().values)
 
     @given(setting=random_settings(largest=(30, 12, 6), fits=True))
     @settings(max_examples=30, deadline=None)
