@@ -7,6 +7,7 @@ supports in `supported_ranks`. `ATTENTION` holds blocks with one input, `FUSION`
 from torch import nn
 
 from visattn.attention._natten import na1d, na2d, na3d
+from visattn.attention._simulator import simulate
 from visattn.attention.agent import AgentAttention
 from visattn.attention.bilevel import BiLevelRoutingAttention
 from visattn.attention.controls import DepthwiseConvolution, Identity
@@ -75,4 +76,5 @@ __all__ = [
     "na2d",
     "na3d",
     "neighborhood_attention",
+    "simulate",
 ]
