@@ -103,7 +103,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     listing.add_argument("--json", action="store_true", help="as JSON")
     listing.set_defaults(call=_recipes)
 
-    text = "list networks and registered backbones"
+    text = "list the networks"
     models = commands.add_parser("models", help=text, description=text)
     models.add_argument(
         "pattern", nargs="?", default="*", metavar="PATTERN", help="shell pattern of names (default: *)"
