@@ -17,14 +17,16 @@ LEVELS: list[set[str]] = [
     {"errors"},
     {"files", "labels"},
     {"attention", "data", "inference", "losses", "metrics", "optimizers", "overlay", "progress", "runs"},
-    {"backbones", "curves", "heads", "predict_plan", "recipe"},
-    {"predict_record", "report", "weights"},
+    {"backbones", "curves", "heads", "predict_plan", "recipe", "scored", "survey", "viz"},
+    {"gna", "predict_record", "report", "weights"},
     {"networks"},
     {"checkpoint"},
     {"callbacks", "checkpoint_io", "predictor"},
     {"predict", "task"},
     {"results"},
-    {"fit"},
+    {"evaluate", "fit"},
+    {"compare", "doctor", "folds", "init"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -40,8 +42,8 @@ DOORS = {
     "natten": {"attention/_backend.py"},
     "flash_attn": {"attention/_backend.py"},
     "xformers": {"attention/_backend.py"},
-    "matplotlib": {"curves.py"},
-    "jinja2": {"report.py"},
+    "matplotlib": {"curves.py", "viz.py", "compare.py"},
+    "jinja2": {"report.py", "compare.py"},
 }
 # Blocks are tensor in, tensor out: nothing but torch and the standard library.
 TORCH_ONLY = {"attention"}
