@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from visattn import NOTICE, __version__
@@ -30,7 +31,7 @@ from visattn.metrics import METRICS, Summary, summarise
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["write_curves", "write_report"]
+__all__ = ["page_environment", "picture_uri", "write_curves", "write_report"]
 
 KINDS = {"worst": "Worst", "median": "Median", "best": "Best"}
 WIDEST = 1100  # pixels; wider pictures are made smaller, so that a report stays a few megabytes
@@ -88,7 +89,7 @@ def write_report(run_dir: Path | str) -> Path | None:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run folder.")
-    environment = _environment()
+    environment = page_environment()
     if environment is None:
         print(f"no {run_dir / 'report.html'}: needs pip install 'visattn[report]'", file=sys.stderr)
         return None
@@ -102,6 +103,7 @@ def write_report(run_dir: Path | str) -> Path | None:
     content = environment.get_template("report.html").render(
         notice=NOTICE,
         version=__version__,
+        kind="report",
         title=str(summary.get("recipe") or run_dir.resolve().name),
         folder=run_dir.resolve().name,
         summary=summary,
@@ -112,7 +114,7 @@ def write_report(run_dir: Path | str) -> Path | None:
         data=data,
         phantom="phantom" in str(data["description"]).lower(),
         versions=summary.get("versions") if isinstance(summary.get("versions"), dict) else {},
-        curves=_picture(curves) if curves.is_file() else None,
+        curves=picture_uri(curves, photograph=False) if curves.is_file() else None,
         overlays=_overlays(run_dir / "overlays", rows),
         recipe=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
     )  # fmt: skip
@@ -121,7 +123,12 @@ def write_report(run_dir: Path | str) -> Path | None:
     return path
 
 
-def _environment() -> "Environment | None":
+def page_environment() -> "Environment | None":
+    """Templates of pages, everything escaped; None where the extra `report` is not installed.
+
+    Pages extend `_base.html`, which needs `title`, `kind` (report, comparison), `version` and `notice`, and take pieces
+    from `_macros.html`. Filters: `score(unit)` for a number, `interval` for a `Summary`.
+    """
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError:
@@ -232,15 +239,26 @@ def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str,
     return facts
 
 
-def _picture(path: Path) -> str | None:
-    """A picture as a data URI, made smaller if need be; None if it cannot be read."""
+def picture_uri(source: Path | NDArray[np.uint8], photograph: bool) -> str | None:
+    """A picture for a page as a data URI, the only address that its policy allows.
+
+    Args:
+        source: A PNG file, or RGB pixels (H, W, 3).
+        photograph: Whether it may become a JPEG of at most `WIDEST` pixels, as overlays should; drawings stay sharp.
+
+    Returns:
+        The URI; None if the file cannot be read.
+    """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
-            picture = image.convert("RGB")
+        if isinstance(source, Path):
+            with Image.open(source, formats=["PNG"]) as image:
+                picture = image.convert("RGB")
+        else:
+            picture = Image.fromarray(source)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     data, kind = io.BytesIO(), "png"
-    if path.parent.name == "overlays":  # photographs: JPEG, without colour subsampling, which smears thin outlines
+    if photograph:  # without colour subsampling, which smears thin outlines
         if picture.width > WIDEST:
             picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
         kind = "jpeg"
@@ -255,7 +273,7 @@ def _overlays(folder: Path, rows: Sequence[Row]) -> dict[str, list[Overlay]]:
     found: dict[str, list[tuple[int, Overlay]]] = {kind: [] for kind in KINDS}
     for path in sorted(folder.glob("*.png")) if folder.is_dir() else []:
         parts = re.fullmatch(r"(worst|median|best)-(?:(\d+)-)?(.*)", path.stem, re.DOTALL)
-        uri = _picture(path) if parts else None
+        uri = picture_uri(path, photograph=True) if parts else None
         if parts is None or uri is None:
             continue
         kind, number, name = parts.groups()
