@@ -11,13 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from visattn.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, and commands that read or score masks need none of it
 
 IGNORE = 255
 """Class index, in encoded maps, of a pixel that is left out of loss and metrics."""
@@ -27,7 +29,7 @@ _MAX_LABELS = 254
 _MAX_VALUE = 65535
 _SAFE_GAP = 16  # labels at least this far apart leave room for the noise of JPEG and of soft edges
 
-Maps = TypeVar("Maps", NDArray[Any], torch.Tensor)
+Maps = TypeVar("Maps", NDArray[Any], "torch.Tensor")
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,11 @@ class Labels:
             for member in members[1:]:
                 inside = inside | (indices == member)
             maps.append(inside)
-        if isinstance(indices, torch.Tensor):
-            return torch.stack(maps, dim=axis)
-        return np.stack(maps, axis=axis)
+        if isinstance(indices, np.ndarray):
+            return np.stack(maps, axis=axis)
+        import torch
+
+        return torch.stack(maps, dim=axis)
 
     def from_probabilities(self, probabilities: NDArray[Any], threshold: float = 0.5) -> NDArray[np.uint8]:
         """Probabilities (channels, H, W) to class indices (H, W).

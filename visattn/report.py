@@ -6,9 +6,7 @@ and a content policy in the page forbids scripts and outside addresses even if s
 """
 
 import base64
-import csv
 import io
-import json
 import math
 import re
 import sys
@@ -27,6 +25,7 @@ from visattn.curves import read_metrics, write_curves
 from visattn.errors import UserError
 from visattn.files import write_bytes_atomic
 from visattn.metrics import METRICS, Summary, summarise
+from visattn.scored import AGAIN, CASES, SUMMARY, Row, read_cases, read_summary, safe_name
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,8 +36,6 @@ KINDS = {"worst": "Worst", "median": "Median", "best": "Best"}
 WIDEST = 1100  # pixels; wider pictures are made smaller, so that a report stays a few megabytes
 BINS = 20
 SPLITS = {"val": "validation", "test": "test", "train": "training"}
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -93,8 +90,8 @@ def write_report(run_dir: Path | str) -> Path | None:
     if environment is None:
         print(f"no {run_dir / 'report.html'}: needs pip install 'visattn[report]'", file=sys.stderr)
         return None
-    summary = _read_summary(run_dir / "summary.json")
-    rows = _read_cases(run_dir / "cases.csv")
+    summary = read_summary(run_dir / SUMMARY) if (run_dir / SUMMARY).is_file() else {}
+    rows = read_cases(run_dir / CASES) if (run_dir / CASES).is_file() else []
     about = summary.get("data")
     data = {"description": "", "fingerprint": "", "counts": {}} | (about if isinstance(about, dict) else {})
     config = run_dir / "config.yaml"
@@ -165,37 +162,6 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _read_summary(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("no mapping")
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not the summary of a run: {error}.\nRun visattn validate again.") from error
-    return content
-
-
-def _read_cases(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as handle:
-            rows = [{key: text or "" for key, text in row.items() if key} for row in csv.DictReader(handle)]
-        for row in rows:
-            for key in ("case", "class", "group"):
-                # Written with an apostrophe in front, lest a spreadsheet runs it.
-                row[key] = re.sub(r"^'(?=[=+\-@\t\r])", "", row.get(key, ""))
-            for key in METRICS:
-                float(row.get(key) or "nan")
-        if any(not row["case"] or not row["class"] for row in rows):
-            raise ValueError("a row without case or class")
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"{path}: not a table of cases: {error}.\nRun visattn validate again.") from error
-    return rows
-
-
 def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for row in rows:
@@ -207,7 +173,7 @@ def _section(split: str, rows: Sequence[Row]) -> Section:
     try:
         entries = summarise(rows)
     except ValueError as error:
-        raise UserError(f"cases.csv: {error}.\nRun visattn validate again.") from error
+        raise UserError(f"{CASES}: {error}.\n{AGAIN}") from error
     classes = list(dict.fromkeys(entry.name for entry in entries))
     several = len({row["class"] for row in rows}) > 1
     if several:  # summarise puts the mean last
@@ -292,9 +258,8 @@ def _overlays(folder: Path, rows: Sequence[Row]) -> dict[str, list[Overlay]]:
 
 
 def _rows_of(name: str, rows: Sequence[Row]) -> list[Row]:
-    """The rows of the case whose name was made fit for a file name, and perhaps cut, to give `name`."""
+    """The rows of the case whose name, or what `safe_name` made of it, is `name`."""
     for row in rows:
-        fit = "".join(c if c.isalnum() or c in "-_." else "_" for c in row["case"])
-        if fit == name or (len(name) >= 60 and fit.startswith(name)) or unicodedata.normalize("NFC", fit) == name:
+        if name in (row["case"], safe_name(row["case"])) or unicodedata.normalize("NFC", row["case"]) == name:
             return [other for other in rows if (other["case"], other["group"]) == (row["case"], row["group"])]
     return []

@@ -1,9 +1,5 @@
 """What a finished run leaves for people: the table of cases, the summary, overlays, curves and the report."""
 
-import csv
-import io
-import json
-import math
 import os
 import platform
 import shutil
@@ -17,16 +13,15 @@ import torch
 from visattn import NOTICE
 from visattn.checkpoint import library_versions
 from visattn.data.images import prepare
-from visattn.files import write_text_atomic
 from visattn.inference import predict_probabilities
 from visattn.metrics import summarise
 from visattn.overlay import draw_overlay, write_png
 from visattn.report import write_curves, write_report
 from visattn.runs import is_first_process
+from visattn.scored import safe_name, write_cases, write_summary
 from visattn.task import THRESHOLD, SegmentationTask
 
 OVERLAYS = 3  # pictures of each kind: the worst, the median and the best cases by Dice
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run a text that begins so
 
 
 def write_results(
@@ -67,8 +62,8 @@ def write_results(
         "cases": len(data.cases[split]),
         "checkpoint": os.path.relpath(checkpoint, folder),
         "best_epoch": epoch,
-        "metrics": [_finite(asdict(entry)) for entry in summarise(rows)],
-        "means": _finite(means),
+        "metrics": [asdict(entry) for entry in summarise(rows)],
+        "means": means,
         "data": {
             "description": data.description,
             "fingerprint": data.fingerprint,
@@ -77,30 +72,13 @@ def write_results(
         "hardware": hardware(task.device),
         "seconds": round(seconds, 1),
         "versions": library_versions(),
+        "labels": task.labels.to_config(),
     }
-    write_text_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_summary(folder, summary)
     _write_overlays(folder / "overlays", task, data, data.cases[split], rows)
     if (folder / "metrics.csv").is_file():
         write_curves(folder)
     return write_report(folder)
-
-
-def write_cases(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
-    """Write the table of cases x classes; an undefined value is an empty cell."""
-    text = io.StringIO()
-    columns = ["case", "group", "class", "split", *(key for key in rows[0] if key not in {"case", "group", "class"})]
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        cells = {"split": split} | {
-            key: "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
-            for key, value in row.items()
-        }
-        for key in ("case", "group", "class"):
-            if str(cells[key]).startswith(_FORMULA):
-                cells[key] = f"'{cells[key]}"
-        writer.writerow(cells)
-    write_text_atomic(path, text.getvalue())
 
 
 def hardware(device: torch.device) -> str:
@@ -109,11 +87,6 @@ def hardware(device: torch.device) -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads"
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN is not JSON: what is undefined becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def choose(rows: Sequence[Mapping[str, Any]], count: int = OVERLAYS) -> dict[str, tuple[str, float]]:
@@ -155,6 +128,5 @@ def _write_overlays(
         batch = prepare(image, data.preprocessing)[None].to(task.device)
         (probability,) = predict_probabilities(task.network, batch, [truth.shape], task.labels.activation)
         predicted = task.labels.from_probabilities(probability, THRESHOLD)
-        safe = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name)[:80]
         picture = draw_overlay(image, predicted, task.labels, truth, note=f"Dice {score:.3f}")
-        write_png(folder / f"{prefix}-{safe}.png", picture)
+        write_png(folder / f"{prefix}-{safe_name(name)}.png", picture)

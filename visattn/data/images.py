@@ -10,15 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from visattn.errors import UserError
+
+if TYPE_CHECKING:
+    import torch  # takes seconds, and whoever only reads files needs none of it
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Endings, in lower case, of the files that are taken for images."""
@@ -155,7 +157,9 @@ def resize_mask(mask: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.ui
     return np.asarray(cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
 
 
-def normalise(image: NDArray[np.uint8], preprocessing: Preprocessing, out: torch.Tensor | None = None) -> torch.Tensor:
+def normalise(
+    image: NDArray[np.uint8], preprocessing: Preprocessing, out: "torch.Tensor | None" = None
+) -> "torch.Tensor":
     """Pixels (H, W, C) of 0..255 to a float32 tensor (C, H, W): scaled to 0..1, minus mean, over std.
 
     Args:
@@ -163,6 +167,8 @@ def normalise(image: NDArray[np.uint8], preprocessing: Preprocessing, out: torch
         preprocessing: Says mean and std.
         out: Where to put the result, such as a place in a batch; by default a new tensor.
     """
+    import torch
+
     std = torch.tensor(preprocessing.std)
     scale = (1.0 / (255.0 * std)).view(-1, 1, 1)
     shift = (-torch.tensor(preprocessing.mean) / std).view(-1, 1, 1)
@@ -170,7 +176,7 @@ def normalise(image: NDArray[np.uint8], preprocessing: Preprocessing, out: torch
     return out.copy_(torch.from_numpy(image).permute(2, 0, 1)).mul_(scale).add_(shift)
 
 
-def prepare(image: NDArray[np.uint8], preprocessing: Preprocessing) -> torch.Tensor:
+def prepare(image: NDArray[np.uint8], preprocessing: Preprocessing) -> "torch.Tensor":
     """Resize and normalise (H, W, C) to a tensor (C, h, w)."""
     return normalise(resize_image(image, preprocessing.size), preprocessing)
 

@@ -1,0 +1,300 @@
+"""The scored folder: a table of cases, a summary and where each case's files are. This module alone knows its form.
+
+`fit`, `validate`, `test` and `evaluate` write one, `compare` and the report read it:
+
+* `cases.csv`: case, group, class, split and the measures; an undefined value is an empty cell;
+* `summary.json`: means with intervals, labels, and what else is known; undefined values are null;
+* `inputs.json`: for each case its image, true mask and predicted mask, relative to the folder when inside it.
+
+What is read may come from anybody: it is parsed as text and JSON, checked, and nothing that it names is executed.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visattn.data.images import read_image, read_mask
+from visattn.errors import UserError
+from visattn.files import write_bytes_atomic, write_text_atomic
+from visattn.labels import Labels
+from visattn.metrics import METRICS
+
+Row = dict[str, str]
+"""A row of `cases.csv`: the measures as text, empty where undefined."""
+
+CASES, SUMMARY, INPUTS = "cases.csv", "summary.json", "inputs.json"
+AGAIN = "Make it again with visattn validate, test or evaluate."
+
+_PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.cases.PHANTOM)
+_TEXTS = ("case", "group", "class")
+# A spreadsheet would run a text that begins so; written with an apostrophe in front, which reading takes off again.
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_LONGEST = 120  # bytes of a name within a file name
+_UNSAFE = frozenset('/\\:*?"<>|~%')  # some file system or program takes these amiss; ~ marks a changed name
+
+
+@dataclass(frozen=True)
+class Input:
+    """Where the files of a case are.
+
+    Attributes:
+        case: Its name in `cases.csv`.
+        group: Its group there.
+        root: The data root that it came from as the user wrote it, or the word phantom.
+        image: The image; None where none is known, and for the phantom, whose cases are drawn again by name.
+        truth: The true mask; None for the phantom.
+        prediction: The predicted mask; None where none was written, or where a missing one was counted as a miss.
+    """
+
+    case: str
+    group: str
+    root: str
+    image: Path | None
+    truth: Path | None
+    prediction: Path | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A scored folder that was read.
+
+    Attributes:
+        folder: The folder.
+        summary: Content of `summary.json`.
+        rows: Those of `cases.csv`, in its order.
+        inputs: By group and case; empty where the folder has no `inputs.json`.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    rows: list[Row]
+    inputs: dict[tuple[str, str], Input]
+
+    @property
+    def labels(self) -> Labels:
+        """The label map that was scored with.
+
+        Raises:
+            UserError: The summary has none, or one that means nothing.
+        """
+        config = self.summary.get("labels")
+        known = {"labels", "regions", "ignore"}
+        if not isinstance(config, dict) or not set(config) <= known or "labels" not in config:
+            raise UserError(f"{self.folder / SUMMARY}: names no labels.\n{AGAIN}")
+        try:
+            return Labels.from_config(**config)
+        except UserError as error:
+            raise UserError(f"{self.folder / SUMMARY}: {error}") from error
+
+
+def write_cases(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> None:
+    """Write the table of cases x classes; an undefined value is an empty cell."""
+    text = io.StringIO()
+    keys = rows[0] if rows else dict.fromkeys(METRICS)
+    columns = ["case", "group", "class", "split", *(key for key in keys if key not in _TEXTS)]
+    # Quoted whole: the csv module leaves a bare carriage return in a name unquoted, and then cannot read it.
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    careful = csv.DictWriter(text, columns, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    for row in rows:
+        cells = {"split": split} | {
+            key: "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+            for key, value in row.items()
+        }
+        for key in _TEXTS:
+            if _FORMULA.match(str(cells[key])):
+                cells[key] = f"'{cells[key]}"
+        (careful if any("\r" in str(cells[key]) for key in _TEXTS) else writer).writerow(cells)
+    # File names need not be UTF-8; they pass through as the bytes they are.
+    write_bytes_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_cases(path: Path) -> list[Row]:
+    """Read the table that `write_cases` wrote, or one like it; columns may be missing except case and class.
+
+    Raises:
+        UserError: There is no such file, or it is no table of cases.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
+            rows = [{key: text or "" for key, text in row.items() if key} for row in csv.DictReader(handle)]
+        for row in rows:
+            for key in _TEXTS:
+                text = row.get(key, "")
+                row[key] = text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+            for key in METRICS:
+                float(row.get(key) or "nan")
+        if any(not row["case"] or not row["class"] for row in rows):
+            raise ValueError("a row without case or class")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.\n{AGAIN}") from error
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{path}: not a table of cases: {error}.\n{AGAIN}") from error
+    return rows
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json`; NaN and infinity, which JSON does not know, become null."""
+    write_text_atomic(folder / SUMMARY, json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """Read a `summary.json`.
+
+    Raises:
+        UserError: There is no such file, or it is no JSON mapping.
+    """
+    content = _read_json(path, "the summary of a run")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not the summary of a run: no mapping.\n{AGAIN}")
+    return content
+
+
+def write_inputs(folder: Path, inputs: Sequence[Input]) -> None:
+    """Write `inputs.json`."""
+    base = Path(os.path.abspath(folder))
+
+    def text(path: Path | None) -> str | None:
+        if path is None:
+            return None
+        absolute = Path(os.path.abspath(path))
+        return absolute.relative_to(base).as_posix() if absolute.is_relative_to(base) else str(absolute)
+
+    cases = [
+        {
+            "case": entry.case,
+            "group": entry.group,
+            "root": entry.root,
+            "image": text(entry.image),
+            "truth": text(entry.truth),
+            "prediction": text(entry.prediction),
+        }
+        for entry in inputs
+    ]
+    write_text_atomic(folder / INPUTS, json.dumps({"cases": cases}, indent=1) + "\n")
+
+
+def read_inputs(folder: Path) -> dict[tuple[str, str], Input]:
+    """Read `inputs.json`; paths become absolute.
+
+    Raises:
+        UserError: There is no such file, or it has another form.
+    """
+    path = folder / INPUTS
+    content = _read_json(path, "a list of inputs")
+    base = Path(os.path.abspath(folder))
+    found: dict[tuple[str, str], Input] = {}
+    try:
+        for entry in content["cases"]:
+            case, group, root = (_text(entry[key]) for key in ("case", "group", "root"))
+            files = [
+                None if entry[key] is None else Path(os.path.abspath(base / _text(entry[key])))
+                for key in ("image", "truth", "prediction")
+            ]
+            found[group, case] = Input(case, group, root, *files)
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: not a list of inputs: {type(error).__name__}: {error}.\n{AGAIN}") from error
+    return found
+
+
+def read_scored(folder: Path | str) -> Scored:
+    """Read a scored folder.
+
+    Raises:
+        UserError: It is no folder, has no scores, or a file in it has another form.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: {'a file' if folder.exists() else 'no such folder'}; name a folder with scores.")
+    for name in (CASES, SUMMARY):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: holds no {name}, so there are no scores in it.\n{AGAIN}")
+    rows = read_cases(folder / CASES)
+    if not rows:
+        raise UserError(f"{folder / CASES}: holds no case.\n{AGAIN}")
+    inputs = read_inputs(folder) if (folder / INPUTS).is_file() else {}
+    return Scored(folder, read_summary(folder / SUMMARY), rows, inputs)
+
+
+def safe_name(case: str) -> str:
+    """`case` as a file name without ending: itself where it will do, else changed and told apart by a hash.
+
+    Different names give different results, up to a file system that does not tell upper from lower case.
+    """
+    text = unicodedata.normalize("NFC", case)
+    text = "".join("_" if c in _UNSAFE or not c.isprintable() else c for c in text)
+    text = text.encode()[:_LONGEST].decode("utf-8", "ignore").strip(". ")
+    if text == case:
+        return case
+    return f"{text}~{hashlib.sha256(case.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+
+
+def load_case(
+    entry: Input, labels: Labels
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], NDArray[np.uint8] | None]:
+    """Read what there is of a case.
+
+    Returns:
+        The image (H, W, 3) or None; the truth and, or None, the prediction as class indices (H, W).
+
+    Raises:
+        UserError: A file is gone or cannot be read, sizes differ, or there is no truth.
+    """
+    image = None
+    if entry.root == _PHANTOM and entry.truth is None:
+        from visattn.data.cases import embedded  # draws 200 scenes
+
+        if entry.case not in embedded():
+            raise UserError(f"{entry.case}: the phantom of this version has no such case.\n{AGAIN}")
+        image, values = embedded()[entry.case]
+        truth = labels.encode(values, f"{entry.case} of the phantom")
+    elif entry.truth is None:
+        raise UserError(f"{entry.case}: {INPUTS} names no true mask for this case.\n{AGAIN}")
+    else:
+        image = None if entry.image is None else read_image(entry.image, 3)
+        truth = labels.encode(read_mask(entry.truth), str(entry.truth))
+    prediction = None
+    if entry.prediction is not None:
+        prediction = labels.encode(read_mask(entry.prediction), str(entry.prediction))
+    for path, array in ((entry.image, image), (entry.prediction, prediction)):
+        if array is not None and array.shape[:2] != truth.shape:
+            raise UserError(
+                f"{path}: {array.shape[1]} x {array.shape[0]} pixels, but the true mask of {entry.case} has "
+                f"{truth.shape[1]} x {truth.shape[0]}."
+            )
+    return image, truth, prediction
+
+
+def _read_json(path: Path, what: str) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}.\n{AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not {what}: {error}.\n{AGAIN}") from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.60} is no text")
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
