@@ -24,13 +24,46 @@ PHANTOM_SEED = 20240
 """Independent of the recipe's seed, so that every run trains on the same embedded set."""
 
 LAYOUTS = (("images", "masks"), ("image", "mask"), ("Original", "Ground Truth"))
-"""Folder names of images and masks: Kvasir-SEG and PraNet's test sets, PraNet's training set, CVC-ClinicDB."""
+"""Folder names of images and masks: Kvasir-SEG and PraNet's test sets, PraNet's training set, CVC-ClinicDB.
+
+Only pairs of names that mean label maps beyond doubt: images/ beside mask/ is DRIVE, whose mask/ is the field of view.
+"""
 
 Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 """An image (H, W, C) and its class indices (H, W)."""
 
 _MASK_ENDINGS = ("_segmentation", "_mask")  # ISIC, and a common habit
 _SHOWN_PROBLEMS = 4
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images with their masks, and what in it belongs together.
+
+    Args:
+        path: The folder that holds the two below.
+        images: The folder of images.
+        masks: The folder of masks.
+        pairs: Name, image and mask of each case, sorted by name.
+        without_mask: Images that have no mask.
+        without_image: Masks that have no image.
+        same_stem: Two files of one folder whose names differ by the suffix alone: the one left out, the one used.
+    """
+
+    path: Path
+    images: Path
+    masks: Path
+    pairs: tuple[tuple[str, Path, Path], ...]
+    without_mask: tuple[Path, ...]
+    without_image: tuple[Path, ...]
+    same_stem: tuple[tuple[Path, Path], ...]
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps a training from starting, a line for each file."""
+        lines = [f"{used}: shares its stem with {other.name}; keep one of them" for other, used in self.same_stem]
+        lines += [f"{path}: no mask of that name in {self.masks.name}/" for path in self.without_mask]
+        return lines + [f"{path}: no image of that name in {self.images.name}/" for path in self.without_image]
 
 
 @dataclass(frozen=True)
@@ -133,14 +166,39 @@ def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
         raise UserError(f"data.root: the same data is named twice among {', '.join(roots[:6])}")
     several = len(folders) > 1 or bool(cases)
     problems: list[str] = []
-    for (root, folder), prefix in zip(folders, _prefixes([folder for _, folder in folders]), strict=True):
-        for stem, image, mask in _pairs(folder, problems):
+    for (root, folder), prefix in zip(folders, name_prefixes([folder for _, folder in folders]), strict=True):
+        scanned = scan_folder(folder)
+        problems += scanned.problems
+        for stem, image, mask in scanned.pairs:
             name = f"{prefix}/{stem}" if several else stem
             cases.append(Case(name, image, mask, prefix if sets else name, root))
     raise_problems(problems, len(cases))
     if not cases:
         raise UserError(f"data.root: no image with a mask in {', '.join(str(folder) for _, folder in folders)}")
     return sorted(cases, key=lambda case: case.name)
+
+
+def scan_folder(folder: Path) -> ImageFolder:
+    """Pair the files of a folder that `has_layout` accepts; nothing is opened."""
+    layout = _layout(folder)
+    assert layout is not None
+    (images, same_images), (masks, same_masks) = (_by_stem(path) for path in layout)
+    for ending in _MASK_ENDINGS:
+        if masks and all(stem.endswith(ending) for stem in masks):
+            masks = {stem.removesuffix(ending): path for stem, path in masks.items()}
+    return ImageFolder(
+        folder,
+        *layout,
+        tuple((stem, images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())),
+        tuple(images[stem] for stem in sorted(images.keys() - masks)),
+        tuple(masks[stem] for stem in sorted(masks.keys() - images)),
+        (*same_images, *same_masks),
+    )
+
+
+def has_layout(folder: Path) -> bool:
+    """Whether `folder` directly holds a folder of images and one of masks."""
+    return _layout(folder) is not None
 
 
 def check_cases(
@@ -242,7 +300,7 @@ def _missing(root: str, base: Path) -> str:
     return f"data.root: there is no folder {root}.{hint}\nGive a folder with images/ and masks/, or the word {PHANTOM}"
 
 
-def _prefixes(folders: Sequence[Path]) -> list[str]:
+def name_prefixes(folders: Sequence[Path]) -> list[str]:
     """The shortest endings of the paths that tell them apart, the folder's own name if that is enough."""
     parts = [Path(os.path.normpath(folder.absolute())).parts for folder in folders]
     for depth in range(1, max((len(part) for part in parts), default=0) + 1):
@@ -252,24 +310,14 @@ def _prefixes(folders: Sequence[Path]) -> list[str]:
     return ["/".join(part) for part in parts]
 
 
-def _pairs(folder: Path, problems: list[str]) -> list[tuple[str, Path, Path]]:
-    layout = _layout(folder)
-    assert layout is not None
-    images, masks = (_by_stem(path, problems) for path in layout)
-    for ending in _MASK_ENDINGS:
-        if masks and all(stem.endswith(ending) for stem in masks):
-            masks = {stem.removesuffix(ending): path for stem, path in masks.items()}
-    problems += [f"{images[stem]}: no mask of that name in {layout[1].name}/" for stem in sorted(images.keys() - masks)]
-    problems += [f"{masks[stem]}: no image of that name in {layout[0].name}/" for stem in sorted(masks.keys() - images)]
-    return [(stem, images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
-
-
-def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
+def _by_stem(folder: Path) -> tuple[dict[str, Path], list[tuple[Path, Path]]]:
+    """The image files of a folder by stem, and those that share one."""
     files: dict[str, Path] = {}
+    same: list[tuple[Path, Path]] = []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in SUFFIXES or not path.is_file():
             continue
         if path.stem in files:
-            problems.append(f"{path}: shares its stem with {files[path.stem].name}; keep one of them")
+            same.append((files[path.stem], path))
         files[path.stem] = path
-    return files
+    return files, same
