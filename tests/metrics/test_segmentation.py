@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from visattn.labels import Labels
+from visattn.labels import IGNORE, Labels
 from visattn.metrics import SUITES, SegmentationMetrics, case_metrics
+from visattn.metrics.calibration import count_bins, describe_calibration
+from visattn.metrics.confusion import count_confusion, describe_confusion
 
 
 def some_cases(labels, blob, count, seed=0):
@@ -121,6 +124,44 @@ def test_survives_conversion_and_pickling(binary, blob):
     copy._computed = None
     assert copy.compute() == expected
     assert {state.dtype for state in copy.records} == {torch.int64}
+    assert copy.confusion() == metric.confusion()
+    assert copy.calibration() == metric.calibration()
+
+
+@pytest.mark.parametrize("kind", ["binary", "three", "regions"])
+def test_confusion_and_calibration_are_sums_over_cases(request, blob, kind):
+    labels = request.getfixturevalue(kind)
+    metric = SegmentationMetrics(labels, "full")
+    cases = list(some_cases(labels, blob, 5))
+    for name, prediction, truth, probabilities in [*cases, cases[2]]:  # a repeated case counts once
+        truth[:2, :3] = IGNORE
+        metric.update(name, prediction, truth, probabilities)
+    counts = sum(count_confusion(prediction, truth, labels) for _, prediction, truth, _ in cases)
+    assert metric.confusion() == describe_confusion(counts, labels)
+    assert counts.sum() == sum(truth.size - 6 for _, _, truth, _ in cases) * max(1, len(labels.regions))
+    sums = sum(count_bins(probabilities, truth, labels) for _, _, truth, probabilities in cases)
+    found, expected = metric.calibration(), describe_calibration(sums, labels)
+    assert list(found) == list(labels.foreground)
+    for name in found:
+        assert found[name]["count"] == expected[name]["count"]
+        assert found[name]["ece"] == pytest.approx(expected[name]["ece"])
+        assert found[name]["ece"] > 0.01
+    json.dumps([metric.confusion(), found])
+
+
+def test_pixels_are_kept_in_the_full_suite_alone(binary, blob):
+    metric = SegmentationMetrics(binary)
+    assert metric.confusion() == metric.calibration() == {}
+    for case in some_cases(binary, blob, 2):
+        metric.update(*case)
+    assert metric.confusion() == metric.calibration() == {}
+    metric.reset()
+    for name, prediction, truth, _ in some_cases(binary, blob, 2):
+        metric.update(name, prediction, truth, suite="full")
+    assert metric.confusion()
+    assert metric.calibration() == {}, "a mask has no probabilities"
+    metric.reset()
+    assert metric.confusion() == {}
 
 
 def test_a_class_called_mean_is_refused():
@@ -132,8 +173,10 @@ def ranks(labels, cases, shares, suite="headline"):
     """Metrics of several processes in one: each gathers what all hold."""
     everyone = []
 
+    states = itertools.cycle(("names", "records", "pixels"))  # torchmetrics asks for them in the order of add_state
+
     def gather(state, group=None):
-        (name,) = [name for name in ("names", "records") if state.dtype == getattr(everyone[0], name)[0].dtype]
+        name = next(states)
         return [torch.cat(getattr(metric, name)) for metric in everyone]
 
     for share in shares:
@@ -152,6 +195,8 @@ def test_two_processes_equal_one(three, blob, shares):
         alone.update(*case)
     for metric in ranks(three, cases, shares, "full"):
         assert metric.rows() == alone.rows()
+        assert metric.confusion() == alone.confusion()
+        assert metric.calibration() == alone.calibration()
         if metric.update_called:
             assert metric.compute() == alone.compute()
             assert metric.compute()["cases"] == 7
@@ -177,7 +222,8 @@ for share in (list(DistributedSampler(range(7), 2, rank, shuffle=False)), [0] if
         truth, probabilities = np.zeros((20, 24 + index), np.uint8), generator.random((1, 20, 24 + index))
         truth[4:12, 5 + index:15] = 1
         metric.update(f"case {index}", labels.from_probabilities(probabilities), truth, probabilities)
-    found.append({"seen": share, "result": metric.compute(), "rows": metric.rows()})
+    pixels = [metric.confusion(), metric.calibration()]
+    found.append({"seen": share, "result": metric.compute(), "rows": metric.rows(), "pixels": pixels})
 with open(f"{target}/{rank}.json", "w") as file:
     json.dump(found, file)
 dist.destroy_process_group()
@@ -206,6 +252,8 @@ def test_two_real_processes(tmp_path):
     for (first, second), count in ((padded, 7), (lopsided, 1)):
         assert first["result"] == second["result"]
         assert first["rows"] == second["rows"]
+        assert first["pixels"] == second["pixels"]
+        assert sum(map(sum, first["pixels"][0]["counts"])) == sum(20 * (24 + index) for index in range(count))
         assert first["result"]["cases"] == len(first["rows"]) == count
         mean = sum(row["dice"] for row in first["rows"]) / count
         assert first["result"]["mean/dice"] == pytest.approx(mean)

@@ -11,7 +11,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from visattn.labels import Labels
+from visattn.metrics.calibration import BINS, Sums, count_bins, describe_calibration
 from visattn.metrics.cases import METRICS, NSD_TOLERANCE, SUITES, CaseRow, Suite, score_case
+from visattn.metrics.confusion import Counts, confusion_shape, count_confusion, describe_confusion
 from visattn.metrics.intervals import mean_of_means
 
 
@@ -22,7 +24,9 @@ class SegmentationMetrics(Metric):
     fill its last batch counts once: cases are told apart by name and group together. All processes get the same result.
 
     The states are flat integer tensors, which every backend can gather at any length: names as UTF-8 bytes, numbers as
-    the bits of float64, since not every device has that type.
+    the bits of float64, since not every device has that type. In the suite "full" the pixels of the confusion matrix
+    (only the cells that are not zero, since a case seldom holds all of many classes) and of the calibration bins are
+    kept too, likewise for each case.
 
     Args:
         labels: The label map; one set of scores for each of `labels.foreground`.
@@ -39,6 +43,7 @@ class SegmentationMetrics(Metric):
 
     names: list[Tensor]
     records: list[Tensor]
+    pixels: list[Tensor]
 
     def __init__(
         self, labels: Labels, suite: Suite = "headline", nsd_tolerance: float = NSD_TOLERANCE, **kwargs: Any
@@ -49,6 +54,7 @@ class SegmentationMetrics(Metric):
         self.labels, self.suite, self.nsd_tolerance = labels, suite, nsd_tolerance
         self.add_state("names", [], dist_reduce_fx="cat")
         self.add_state("records", [], dist_reduce_fx="cat")
+        self.add_state("pixels", [], dist_reduce_fx="cat")
         self._add_empty()
 
     def update(
@@ -85,9 +91,17 @@ class SegmentationMetrics(Metric):
                 values[index, column] = math.nan if value is None else value
         bits = curves.astype(np.float32).view(np.int64)
         record = np.concatenate([[list(SUITES).index(suite)], values.view(np.int64).ravel(), bits.ravel()])
+        cells, bins = np.empty((0, 2), np.int64), np.empty(0, np.int64)
+        if suite == "full":
+            counts = count_confusion(prediction, truth, self.labels).ravel()
+            cells = np.stack([counts.nonzero()[0], counts[counts > 0]], axis=1)
+            if probabilities is not None:  # a mask alone says nothing about how sure it was
+                bins = count_bins(probabilities, truth, self.labels).view(np.int64).ravel()
+        pixels = np.concatenate([[len(cells), len(bins)], cells.ravel(), bins])
         text = f"{case}\0{group}\0".encode()
         self.names.append(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device))
         self.records.append(torch.from_numpy(record).to(self.device))
+        self.pixels.append(torch.from_numpy(pixels).to(self.device))
 
     def compute(self) -> dict[str, float]:
         """Means over all cases of all processes, each over the cases where the measure is defined.
@@ -134,6 +148,25 @@ class SegmentationMetrics(Metric):
                 table.append({"case": case, "group": group, "class": name, **measured})
         return table
 
+    def confusion(self) -> dict[str, Any]:
+        """The confusion matrix over the pixels of all cases of all processes, each of which has to call this.
+
+        Returns:
+            As `visattn.metrics.confusion.describe_confusion`; empty if no case was added in the suite "full".
+        """
+        counts, _ = self._pixels()
+        return {} if counts is None else describe_confusion(counts, self.labels)
+
+    def calibration(self) -> dict[str, dict[str, Any]]:
+        """The reliability of the probabilities over all cases of all processes, each of which has to call this.
+
+        Returns:
+            As `visattn.metrics.calibration.describe_calibration`; empty if no case came with probabilities in the suite
+            "full".
+        """
+        _, sums = self._pixels()
+        return {} if sums is None else describe_calibration(sums, self.labels)
+
     def reset(self) -> None:
         """Forget all cases."""
         super().reset()
@@ -143,17 +176,45 @@ class SegmentationMetrics(Metric):
         # torchmetrics gathers a float tensor from a process that saw no case, which the others' integers cannot join.
         self.names.append(torch.empty(0, dtype=torch.uint8, device=self.device))
         self.records.append(torch.empty(0, dtype=torch.int64, device=self.device))
+        self.pixels.append(torch.empty(0, dtype=torch.int64, device=self.device))
+
+    def _keys(self) -> tuple[list[tuple[str, str]], dict[tuple[str, str], int]]:
+        """Name and group of each entry, and for each of them the number of its first entry: a repetition is no case."""
+        texts = bytes(dim_zero_cat(self.names).cpu().numpy()).decode().split("\0")[:-1]
+        keys = list(zip(texts[::2], texts[1::2], strict=True))
+        return keys, {key: index for index, key in reversed(list(enumerate(keys)))}
+
+    def _pixels(self) -> tuple[Counts | None, Sums | None]:
+        """Sums over cases, each once: confusion counts and calibration bins; None of what no case has."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
+            keys, once = self._keys()
+            stream = dim_zero_cat(self.pixels).cpu().numpy()
+        starts, position = [], 0
+        for _ in keys:
+            starts.append(position)
+            position += 2 + 2 * int(stream[position]) + int(stream[position + 1])
+        shape = confusion_shape(self.labels)
+        counts, sums = np.zeros(math.prod(shape), np.int64), np.zeros((len(self.labels.foreground), BINS, 3))
+        counted = binned = False
+        for key in sorted(once):  # in one order on any number of processes, so that float sums are equal
+            start = starts[once[key]]
+            cells, bins = int(stream[start]), int(stream[start + 1])
+            middle = start + 2 + 2 * cells
+            pairs = stream[start + 2 : middle].reshape(-1, 2)
+            counts[pairs[:, 0]] += pairs[:, 1]
+            if bins:
+                sums += stream[middle : middle + bins].view(np.float64).reshape(sums.shape)
+            counted, binned = counted or cells > 0, binned or bins > 0
+        return counts.reshape(shape) if counted else None, sums if binned else None
 
     def _gathered(self) -> tuple[list[tuple[str, str]], NDArray[np.float64], NDArray[np.float64], Suite]:
         """Name and group, values (cases, classes, measures), curves (cases, classes, 256); by name, each case once."""
-        texts = bytes(dim_zero_cat(self.names).cpu().numpy()).decode().split("\0")[:-1]
-        keys = list(zip(texts[::2], texts[1::2], strict=True))
+        keys, once = self._keys()
         classes = len(self.labels.foreground)
         width = classes * len(METRICS)
         records = dim_zero_cat(self.records).cpu().numpy().reshape(len(keys), 1 + width + classes * 128)
         if len(set(records[:, 0].tolist())) > 1:
             raise ValueError("cases of different suites were added; call reset() between them")
-        once = {key: index for index, key in reversed(list(enumerate(keys)))}
         chosen = [once[key] for key in sorted(once)]
         records = np.ascontiguousarray(records[chosen])
         suite = list(SUITES)[records[0, 0]] if len(records) else self.suite
