@@ -46,6 +46,17 @@ def test_counts_agree_with_counting(arguments):
 
 @given(arguments=arguments())
 @settings(max_examples=30, deadline=None)
+def test_shares_of_tiles_add_up(arguments):
+    found = simulate(*arguments)
+    shares = [found.tiles(axis) for axis in range(len(found.size))]
+    products = math.prod(found.tile_q) * math.prod(found.tile_kv)
+    assert math.prod(float(share.double().sum()) for share in shares) * products == pytest.approx(found.pairs)
+    assert math.prod(int((share > 0).sum()) for share in shares) * products == found.computed
+    assert all(float(share.max()) <= 1 for share in shares)
+
+
+@given(arguments=arguments())
+@settings(max_examples=30, deadline=None)
 def test_the_mask_is_that_of_the_attention(arguments):
     size, kernel, stride, dilation, causal, _, _ = arguments
     count = math.prod(size)
@@ -74,6 +85,9 @@ def test_best_tile_computes_least_of_its_size():
     for tile_q, tile_kv in itertools.product([(1, 16), (2, 8), (4, 4), (8, 2), (16, 1)], repeat=2):
         assert best.computed <= simulate((12, 30), (3, 9), tile_q=tile_q, tile_kv=tile_kv).computed
     assert best.computed < start.computed
+    assert start.best_tile(queries=False).tile_q == start.tile_q
+    assert start.best_tile(keys=False).tile_kv == start.tile_kv
+    assert best.computed <= start.best_tile(keys=False).computed < start.computed
 
 
 def test_operations_bytes_and_table():

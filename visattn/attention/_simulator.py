@@ -107,24 +107,58 @@ class Simulation:
     def mask(self) -> Tensor:
         """Whether a query (row) sees a key (column), (N, N) bool; rows and columns in row-major order of the map."""
         seen = torch.ones(1, 1, dtype=torch.bool)
-        for length, axis in zip(self.size, self.axes, strict=True):
-            line = torch.zeros(length, length, dtype=torch.bool)
-            for position in range(length):
-                x, group = divmod(position, axis.dilation)
-                first, last = bounds(math.ceil((length - group) / axis.dilation), axis)[x]
-                line[position, group + axis.dilation * first : group + axis.dilation * last : axis.dilation] = True
-            seen = torch.kron(seen, line)
+        for axis, length in enumerate(self.size):
+            seen = torch.kron(seen, torch.stack([self.line(axis, position) for position in range(length)]))
         return seen
 
-    def best_tile(self) -> "Simulation":
-        """The same with the tile shapes, of as many queries and keys, that compute least."""
+    def line(self, axis: int, position: int) -> Tensor:
+        """Which positions along `axis` a query at `position` of it sees, (L,) bool."""
+        length, setting = self.size[axis], self.axes[axis]
+        x, group = divmod(position, setting.dilation)
+        first, last = bounds(math.ceil((length - group) / setting.dilation), setting)[x]
+        seen = torch.zeros(length, dtype=torch.bool)
+        seen[group + setting.dilation * first : group + setting.dilation * last : setting.dilation] = True
+        return seen
+
+    def tiles(self, axis: int) -> Tensor:
+        """How much of every product of a query tile (row) and a key tile (column) along `axis` is needed, from 0 to 1.
+
+        Tiles come group by group where there is dilation; 0 means that the product is not computed. The share of a
+        product on the whole map is that of its axes, multiplied.
+        """
+        length, setting, q, kv = self.size[axis], self.axes[axis], self.tile_q[axis], self.tile_kv[axis]
+        blocks = []
+        for group in range(min(setting.dilation, length)):
+            members = math.ceil((length - group) / setting.dilation)
+            pairs = bounds(members, setting)
+            share = torch.zeros(math.ceil(members / q), math.ceil(members / kv))
+            for x, (first, last) in enumerate(pairs):
+                for tile in range(first // kv, (last - 1) // kv + 1):
+                    share[x // q, tile] += min(last, (tile + 1) * kv) - max(first, tile * kv)
+            blocks.append(share / (q * kv))
+        shares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return shares
+
+    def best_tile(self, queries: bool = True, keys: bool = True) -> "Simulation":
+        """The same with the tile shapes, of as many queries and keys, that compute least.
+
+        Args:
+            queries: Whether the shape of the query tile may change.
+            keys: Whether that of the key tile may.
+        """
         rank = len(self.size)
-        shapes = itertools.product(_shapes(math.prod(self.tile_q), rank), _shapes(math.prod(self.tile_kv), rank))
-        least = min(shapes, key=lambda each: _computed(self.size, self.axes, *each))
+        ours = _shapes(math.prod(self.tile_q), rank) if queries else [self.tile_q]
+        theirs = _shapes(math.prod(self.tile_kv), rank) if keys else [self.tile_kv]
+        least = min(itertools.product(ours, theirs), key=lambda each: _computed(self.size, self.axes, *each))
         return _simulate(self.size, self.axes, *least)
 
-    def nearby_block_sparse(self, reach: int = 2) -> "list[Simulation]":
-        """Perfectly block-sparse settings with kernels at most `reach` away and any stride, nearest first."""
+    def nearby_block_sparse(self, reach: int = 2, most: int | None = None) -> "list[Simulation]":
+        """Perfectly block-sparse settings with kernels at most `reach` away and any stride, nearest first.
+
+        Args:
+            reach: How far a kernel may be from this one, per axis.
+            most: How many to return; None: all.
+        """
 
         def options(length: int, axis: Axis) -> list[Axis]:
             kernels = range(max(2, axis.kernel - reach), min(axis.kernel + reach, length // axis.dilation) + 1)
@@ -141,7 +175,7 @@ class Simulation:
         for length, axis, q, kv in zip(self.size, self.axes, self.tile_q, self.tile_kv, strict=True):
             choices = options(length, axis)
             clean.append([each for each in choices if _visits(length, each, q, kv) * q * kv == _pairs(length, each)])
-        found = sorted(itertools.product(*clean), key=distance)
+        found = sorted(itertools.product(*clean), key=distance)[:most]
         return [_simulate(self.size, axes, self.tile_q, self.tile_kv) for axes in found]
 
     def table(self) -> str:

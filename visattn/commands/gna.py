@@ -15,9 +15,10 @@ def add(commands: Any) -> None:
     parser.add_argument("--stride", default="1", metavar="S", help="default: 1")
     parser.add_argument("--dilation", default="1", metavar="D", help="default: 1")
     parser.add_argument("--causal", default="", metavar="AXES", help="causal axes by number, as 0 or 0,2")
-    parser.add_argument("--tile_q", metavar="T", help="query tile of the kernel, as 8x8 (default: the best)")
-    parser.add_argument("--tile_kv", metavar="T", help="key tile of the kernel (default: the best)")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the mask")
+    parser.add_argument("--tile_q", metavar="T", help="query tile of the kernel, as 8x8 (default: the best of 64)")
+    parser.add_argument("--tile_kv", metavar="T", help="key tile of the kernel (default: the best of 64)")
+    parser.add_argument("--head_dim", default="32", metavar="D", help="channels of a head (default: 32)")
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw what queries see and what tiles compute")
     parser.add_argument("--json", action="store_true", help="as JSON")
     parser.set_defaults(call=_call)
 
