@@ -31,9 +31,10 @@ _NAMES = {
 }
 """What the one class is called where the name of the data set says it."""
 
-_KEYWORDS = "patient|pat|pt|subject|subj|sub|person|case|video|vid|seq(?:uence)?|series|study|scan|volume|vol"
+_KEYWORDS = ("patient", "pat", "subject", "subj", "sub", "person", "case", "study", "video", "vid", "sequence", "seq",
+             "series", "scan", "volume", "vol")  # fmt: skip
 _GROUPINGS = (
-    (rf"(?i)^((?:.*?[_\W])?(?:{_KEYWORDS})[_ -]?[0-9]+)[_\W]", 2, "names tell patient, video or study"),
+    *((rf"(?i)^((?:.*?[_\W])?{word}[_ -]?[0-9]+)[_\W]", 2, f"names tell the {word}") for word in _KEYWORDS),
     (r"^(.*[0-9])[_ -]?(?:L|R|l|r|OD|OS|left|right|Left|Right)$", 3, "left and right of one person"),
     (
         r"(?i)^(.+?)[_ -](?:slice|frame|img|image|patch|tile|crop|z|t|s|f)?[_ -]?[0-9]+$",
@@ -41,7 +42,7 @@ _GROUPINGS = (
         "numbered parts of one name",
     ),
 )
-"""Expressions for `group_by`, the fewest groups that make each plausible, and what it says."""
+"""Expressions for `group_by`, the fewest groups that make each plausible, and what it says; people before videos."""
 _LARGEST = 0.5  # share of the images in one group beyond which a prefix is the data set's name rather than a person
 
 
@@ -97,7 +98,7 @@ def guess_label_map(masks: Iterable[Mapping[int, int]], name: str = "") -> Label
         doubt = f"{_VOID} is taken as 'does not count'; if it is a class, move it from ignore to labels"
         return LabelGuess(inner.labels, _VOID, f"{inner.why}, and {_VOID}", [*inner.doubts, doubt])
     clusters = _clusters(values)
-    if len(values) == 2 or all(len(cluster) == 1 for cluster in clusters) or _numbered(values):
+    if values[-1] > _VOID or len(values) == 2 or all(len(cluster) == 1 for cluster in clusters) or _numbered(values):
         return _exact(values, thing)
     middle = sum(total[value] for cluster in clusters[1:-1] for value in cluster)
     if 2 < len(clusters) <= _OBJECTS and middle > _EDGE_SHARE * sum(total.values()):
@@ -138,8 +139,8 @@ def _soft(total: Mapping[int, int], thing: str) -> LabelGuess:
     between = sum(number for value, number in total.items() if low + 2 * _NOISE < value < high - 2 * _NOISE)
     if high - low < 2 * _SAFE_GAP or between > _SOFT_SHARE * count:
         raise UserError(
-            f"masks: {len(values)} values from {values[0]} to {values[-1]}, {between / count:.0%} of the pixels between them: "
-            "these look like grey images or probabilities, not labels.\n"
+            f"masks: {len(values)} values from {values[0]} to {values[-1]}, {between / count:.0%} of the pixels between "
+            "them: these look like grey images or probabilities, not labels.\n"
             "Save masks with one value for each class; is the folder of masks the right one?"
         )
     why = f"masks hold {len(values)} values, almost all about {low} and {high} (soft edges or JPEG)"
@@ -149,7 +150,7 @@ def _soft(total: Mapping[int, int], thing: str) -> LabelGuess:
 def _exact(values: Sequence[int], thing: str) -> LabelGuess:
     why = f"masks hold {_listed(values)}"
     doubts = [] if values[0] == 0 else [f"no mask holds 0; {values[0]} is taken for the background"]
-    if len(values) > _OBJECTS + 1 and _numbered(values):
+    if len(values) > _OBJECTS + 1 and (_numbered(values) or values[-1] > _VOID):
         doubts.append("the values look like numbers of objects; all are merged into one class")
         return LabelGuess({_BACKGROUND: values[0], thing: list(values[1:])}, None, why, doubts)
     return LabelGuess(_named(values, thing), None, why, doubts)
