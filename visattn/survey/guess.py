@@ -34,7 +34,7 @@ _NAMES = {
 _KEYWORDS = ("patient", "pat", "subject", "subj", "sub", "person", "case", "study", "video", "vid", "sequence", "seq",
              "series", "scan", "volume", "vol")  # fmt: skip
 _GROUPINGS = (
-    *((rf"(?i)^((?:.*?[_\W])?{word}[_ -]?[0-9]+)[_\W]", 2, f"names tell the {word}") for word in _KEYWORDS),
+    *((rf"(?i)(?:^|[_\W])({word}[_ -]?[0-9]+)[_\W]", 2, f"names hold '{word}' and a number") for word in _KEYWORDS),
     (r"^(.*[0-9])[_ -]?(?:L|R|l|r|OD|OS|left|right|Left|Right)$", 3, "left and right of one person"),
     (
         r"(?i)^(.+?)[_ -](?:slice|frame|img|image|patch|tile|crop|z|t|s|f)?[_ -]?[0-9]+$",
@@ -139,8 +139,8 @@ def _soft(total: Mapping[int, int], thing: str) -> LabelGuess:
     between = sum(number for value, number in total.items() if low + 2 * _NOISE < value < high - 2 * _NOISE)
     if high - low < 2 * _SAFE_GAP or between > _SOFT_SHARE * count:
         raise UserError(
-            f"masks: {len(values)} values from {values[0]} to {values[-1]}, {between / count:.0%} of the pixels between "
-            "them: these look like grey images or probabilities, not labels.\n"
+            f"masks: {len(values)} values from {values[0]} to {values[-1]}, {between / count:.0%} of the pixels "
+            "between them: these look like grey images or probabilities, not labels.\n"
             "Save masks with one value for each class; is the folder of masks the right one?"
         )
     why = f"masks hold {len(values)} values, almost all about {low} and {high} (soft edges or JPEG)"
