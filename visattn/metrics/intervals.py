@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, stdtrit
 
-from visattn.metrics.cases import METRICS
+from visattn.metrics.table import CaseTable
 
 _CHUNK = 4_000_000  # group draws held at a time: 32 MB
 
@@ -54,7 +54,8 @@ def bootstrap_interval(
     """Confidence interval of a mean over cases, by a bootstrap over groups.
 
     Args:
-        values: One value per case; None and NaN are left out. Differences of two runs give a paired bootstrap.
+        values: One value per case, or (cases, classes) for the mean of the classes' means; None and NaN are left
+            out. Differences of two runs give a paired bootstrap.
         groups: The group of each case; default: each case is its own.
         n: Number of resamples.
         seed: Of the draws; equal input gives equal output.
@@ -66,8 +67,9 @@ def bootstrap_interval(
     Raises:
         ValueError: `values` and `groups` have different lengths, or `level` is not between 0 and 1.
     """
-    column = np.array([math.nan if value is None else value for value in values], np.float64)
-    return _interval(*_resampled_means(column[:, None], groups, n, seed), level)
+    columns = np.asarray(values, np.float64)  # None becomes NaN
+    columns = columns[:, None] if columns.ndim == 1 else columns
+    return _interval(*_resampled_means(columns, groups, n, seed), level)
 
 
 def summarise(rows: Iterable[Mapping[str, Any]], n: int = 2000, seed: int = 0, level: float = 0.95) -> list[Summary]:
@@ -87,28 +89,11 @@ def summarise(rows: Iterable[Mapping[str, Any]], n: int = 2000, seed: int = 0, l
     Raises:
         ValueError: A case lacks a class or has it twice.
     """
-    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        case = cases.setdefault((str(row.get("group") or row["case"]), str(row["case"])), {})
-        if str(row["class"]) in case:
-            raise ValueError(f"case '{row['case']}' has class '{row['class']}' twice")
-        case[str(row["class"])] = row
-    if not cases:
-        return []
-    first = next(iter(cases.values()))
-    names = list(first)
-    for (_, case_name), case in cases.items():
-        if set(case) != set(names):
-            raise ValueError(f"case '{case_name}' has the classes {sorted(case)}, others have {sorted(names)}")
-    groups = [group for group, _ in cases]
+    table = CaseTable.from_rows(rows)
     result = []
-    for metric in (metric for metric in METRICS if metric in first[names[0]]):
-        values = np.array([[_number(case[name].get(metric)) for name in names] for case in cases.values()])
-        columns = {name: values[:, [index]] for index, name in enumerate(names)}
-        if len(names) > 1:
-            columns["mean"] = values
-        for name, column in columns.items():
-            interval = _interval(*_resampled_means(column, groups, n, seed), level)
+    for metric in table.values:
+        for name, column in table.columns(metric).items():
+            interval = bootstrap_interval(column, table.groups, n, seed, level)
             defined = int(np.count_nonzero(~np.isnan(column)))
             result.append(
                 Summary(name, metric, mean_of_means(column), *interval, cases=defined, undefined=column.size - defined)
@@ -178,7 +163,3 @@ def _interval(means: NDArray[np.float64], groups: int, level: float) -> tuple[fl
 def _indices(groups: Sequence[Hashable]) -> NDArray[np.int64]:
     order: dict[Hashable, int] = {}
     return np.array([order.setdefault(group, len(order)) for group in groups], np.int64)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None or value == "" else float(value)
