@@ -18,10 +18,8 @@ from visattn.metrics import summarise
 from visattn.overlay import draw_overlay, write_png
 from visattn.report import write_curves, write_report
 from visattn.runs import is_first_process
-from visattn.scored import safe_name, write_cases, write_summary
+from visattn.scored import choose, safe_name, write_cases, write_summary
 from visattn.task import THRESHOLD, SegmentationTask
-
-OVERLAYS = 3  # pictures of each kind: the worst, the median and the best cases by Dice
 
 
 def write_results(
@@ -89,33 +87,6 @@ def hardware(device: torch.device) -> str:
     return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads"
 
 
-def choose(rows: Sequence[Mapping[str, Any]], count: int = OVERLAYS) -> dict[str, tuple[str, float]]:
-    """File prefix, as `worst-1`, to case name and Dice, for the cases worth looking at.
-
-    A case is judged by the mean Dice over its classes that have one. No case is chosen twice.
-    """
-    scores: dict[str, list[float]] = {}
-    for row in rows:
-        if row["dice"] is not None:
-            scores.setdefault(str(row["case"]), []).append(float(row["dice"]))
-    order = sorted((sum(values) / len(values), case) for case, values in scores.items())
-    middle = max(0, (len(order) - count) // 2)
-    kinds = {
-        "worst": order[:count],
-        "median": order[middle : middle + count],
-        "best": list(reversed(order[-count:])),
-    }
-    chosen: dict[str, tuple[str, float]] = {}
-    seen: set[str] = set()
-    for kind in ("worst", "best", "median"):
-        for score, case in kinds[kind]:
-            if case not in seen:
-                seen.add(case)
-                number = sum(key.startswith(kind) for key in chosen) + 1
-                chosen[f"{kind}-{number}"] = (case, score)
-    return chosen
-
-
 def _write_overlays(
     folder: Path, task: SegmentationTask, data: Any, cases: Sequence[Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
@@ -123,7 +94,7 @@ def _write_overlays(
     by_name = {case.name: case for case in cases}
     assert task.network is not None
     task.network.eval()
-    for prefix, (name, score) in choose(rows).items():
+    for prefix, ((_, name), score) in choose(rows).items():
         image, truth = data.read_case(by_name[name])
         batch = prepare(image, data.preprocessing)[None].to(task.device)
         (probability,) = predict_probabilities(task.network, batch, [truth.shape], task.labels.activation)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from visattn.errors import UserError
 from visattn.files import write_bytes_atomic, write_text_atomic
 from visattn.labels import Labels
 from visattn.metrics import METRICS
+from visattn.overlay import draw_overlay, write_png
 
 Row = dict[str, str]
 """A row of `cases.csv`: the measures as text, empty where undefined."""
 
 CASES, SUMMARY, INPUTS = "cases.csv", "summary.json", "inputs.json"
+PICTURES = 3  # overlays of each kind: the worst, the median and the best cases by Dice
 AGAIN = "Make it again with visattn validate, test or evaluate."
 
 _PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.cases.PHANTOM)
@@ -275,6 +278,57 @@ def load_case(
                 f"{truth.shape[1]} x {truth.shape[0]}."
             )
     return image, truth, prediction
+
+
+def choose(rows: Sequence[Mapping[str, Any]], count: int = PICTURES) -> dict[str, tuple[tuple[str, str], float]]:
+    """File prefix, as `worst-1`, to group and case and its Dice, for the cases worth looking at.
+
+    A case is judged by the mean Dice over its classes that have one. No case is chosen twice.
+    """
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["dice"] not in (None, ""):
+            scores.setdefault((str(row["group"]), str(row["case"])), []).append(float(row["dice"]))
+    order = sorted(
+        ((sum(values) / len(values), key) for key, values in scores.items()), key=lambda entry: (entry[0], entry[1][1])
+    )
+    middle = max(0, (len(order) - count) // 2)
+    kinds = {
+        "worst": order[:count],
+        "median": order[middle : middle + count],
+        "best": list(reversed(order[-count:])),
+    }
+    chosen: dict[str, tuple[tuple[str, str], float]] = {}
+    seen: set[tuple[str, str]] = set()
+    for kind in ("worst", "best", "median"):
+        for score, key in kinds[kind]:
+            if key not in seen:
+                seen.add(key)
+                number = sum(prefix.startswith(kind) for prefix in chosen) + 1
+                chosen[f"{kind}-{number}"] = (key, score)
+    return chosen
+
+
+def write_overlays(
+    folder: Path, rows: Sequence[Mapping[str, Any]], inputs: Mapping[tuple[str, str], Input], labels: Labels
+) -> None:
+    """Replace the folder `overlays/` in `folder` by pictures of the worst, median and best cases.
+
+    Args:
+        folder: The scored folder.
+        rows: Its cases.
+        inputs: By group and case; a case without image gets no picture, and one without predicted mask is drawn with
+            an empty one.
+        labels: What the masks mean.
+    """
+    shutil.rmtree(folder / "overlays", ignore_errors=True)
+    for prefix, (key, score) in choose(rows).items():
+        image, truth, prediction = load_case(inputs[key], labels)
+        if image is None:
+            continue
+        predicted = np.zeros_like(truth) if prediction is None else prediction
+        picture = draw_overlay(image, predicted, labels, truth, note=f"Dice {score:.3f}")
+        write_png(folder / "overlays" / f"{prefix}-{safe_name(key[1])}.png", picture)
 
 
 def _read_json(path: Path, what: str) -> Any:
