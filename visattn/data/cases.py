@@ -91,12 +91,12 @@ class Checked:
 
     Args:
         digest: SHA-256 of the bytes of both files.
-        foreground: Whether the mask holds any class but the background.
+        classes: Indices of the classes in the mask, besides the background.
         kept: Image (h, w, C) and class indices (h, w) at the training size, or None where they are not kept.
     """
 
     digest: str
-    foreground: bool
+    classes: tuple[int, ...]
     kept: Pair | None
 
 
@@ -228,7 +228,8 @@ def check_cases(
         except MemoryError:
             return f"{case.image}: not enough memory to decode it"
         kept = None if size is None else (resize_image(image, size), resize_mask(mask, size))
-        return Checked(digest.hexdigest(), bool(((mask != 0) & (mask != IGNORE)).any()), kept)
+        found = np.flatnonzero(np.bincount(mask.ravel())).tolist()
+        return Checked(digest.hexdigest(), tuple(c for c in found if c not in (0, IGNORE)), kept)
 
     if any(case.root == PHANTOM for case in cases):
         embedded()  # once, before the threads ask for it

@@ -18,6 +18,7 @@ from visattn.data.cases import (
     PHANTOM,
     Case,
     CaseReader,
+    Checked,
     Pair,
     check_cases,
     find_cases,
@@ -28,7 +29,7 @@ from visattn.data.cases import (
 from visattn.data.dataset import EvaluationSet, TrainingBatch, TrainingSet, collate_evaluation
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from visattn.data.sampler import EpochSampler, ShardSampler
-from visattn.data.splits import Split, find_groups, split_cases, write_splits
+from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.errors import UserError
 from visattn.labels import Labels
 
@@ -130,6 +131,15 @@ class ImageMaskFolder(LightningDataModule):
         """Write the names of the cases of each part as JSON, which `split.files` reads."""
         write_splits(path, self.cases)
 
+    def find_folds(self) -> list[dict[str, list[Case]]]:
+        """Train, val and test cases of each fold of `split.folds`; reads and checks the data, and keeps no image.
+
+        Raises:
+            UserError: As `setup`.
+        """
+        cases, checked = self._find_and_check(keep=False)
+        return fold_cases(cases, [check.classes for check in checked], self.split, self.seed)
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of augmented images, in an order drawn from seed and epoch."""
         rank, world = _rank()
@@ -167,20 +177,26 @@ class ImageMaskFolder(LightningDataModule):
                 target = F.interpolate(target[:, None], size, mode="nearest-exact")[:, 0]
         return {**batch, "image": image, "target": target}
 
-    def _setup_fit(self) -> None:
+    def _find_and_check(self, keep: bool) -> tuple[list[Case], list[Checked]]:
+        """The cases with their groups, and what reading them showed, with resized images if wanted and affordable."""
         cases = find_cases(self.roots)
         cases = with_groups(cases, find_groups(cases, self.split.group_by))
         _log.info("data: reading and checking %d images and masks", len(cases))
-        keep = self._affordable(len(cases))
-        checked, problems = check_cases(cases, self._reader, self.preprocessing.size if keep else None)
+        size = self.preprocessing.size if keep and self._affordable(len(cases)) else None
+        checked, problems = check_cases(cases, self._reader, size)
         raise_problems(problems, len(cases))
-        if not any(check.foreground for check in checked):
+        if not any(check.classes for check in checked):
             raise UserError(
                 f"data: none of the {len(cases)} masks holds anything but '{self.labels.names[0]}'; "
                 f"check labels ({self.labels.to_config()['labels']}) and masks"
             )
         self.fingerprint = fingerprint(cases, checked)
-        self.cases = split_cases(cases, [check.foreground for check in checked], self.split, self.seed)
+        return cases, checked
+
+    def _setup_fit(self) -> None:
+        cases, checked = self._find_and_check(keep=True)
+        keep = checked[0].kept is not None
+        self.cases = split_cases(cases, [check.classes for check in checked], self.split, self.seed)
         kept = {case.name: check.kept for case, check in zip(cases, checked, strict=True) if check.kept is not None}
         cached = [kept[case.name] for case in self.cases["train"]] if keep else None
         self._sets["train"] = TrainingSet(

@@ -2,13 +2,25 @@
 
 A group is a patient or a video. It goes to one part as a whole, because two frames of one video in two parts would
 turn validation into memory.
+
+Cases with each class, and those with none, are shared out alike (stratification). Groups are dealt to folds one by one,
+those that hold most of the data or most of something rare first, each to the fold where it adds least to
+
+    D = sum over folds f and contents c of (n_fc / T_c - 1 / K)^2
+
+with n_fc the cases of content c in fold f, T_c those of all folds, K the number of folds; the contents are: any case, a
+case without foreground, a case with class 1, with class 2, ... Since the fold chosen is never worse than the average
+fold, D ends at most at (1 - 1 / K) sum over groups g and contents c of (n_gc / T_c)^2, which is what dealing at random
+has on average. After Sechidis, Tsoumakas, Vlahavas, "On the Stratification of Multi-Label Data", ECML 2011, whose order
+(rarest label first) and rule (most wanted label) are here one weighted sum, so that groups can be dealt whole.
 """
 
 import csv
 import json
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +45,8 @@ class Split:
             FILE.csv:COLUMN, a table whose first column holds file names. null: each image stands alone.
         folds: Number of folds for cross-validation in place of `val`.
         fold: The fold to validate on, from 0.
-        files: A JSON file {"train": [...], "val": [...], "test": [...]} of case names, such as a run writes.
+        files: A JSON file {"train": [...], "val": [...], "test": [...]} of case names, such as a run writes; or a list
+            of them, one for each fold, such as nnU-Net and `visattn fit --folds` write, of which `fold` is taken.
     """
 
     val: float = 0.1
@@ -72,6 +85,8 @@ class Split:
             raise UserError(
                 f"data.split.fold: there are {split.folds} folds, 0 to {split.folds - 1}; got {split.fold!r}"
             )
+        if isinstance(split.fold, bool) or not isinstance(split.fold, int) or split.fold < 0:
+            raise UserError(f"data.split.fold: needs a whole number from 0 on, got {split.fold!r}")
         return split
 
 
@@ -99,56 +114,104 @@ def find_groups(cases: Sequence[Case], group_by: str | None) -> list[str]:
     return [str(group) for group in groups]
 
 
-def split_cases(cases: Sequence[Case], foreground: Sequence[bool], split: Split, seed: int) -> dict[str, list[Case]]:
+def split_cases(
+    cases: Sequence[Case], classes: Sequence[Collection[int]], split: Split, seed: int
+) -> dict[str, list[Case]]:
     """Divide the cases, which carry their groups, into train, val and test.
 
-    Groups with and without foreground are divided alike, so that empty images do not gather in one part.
+    Groups are divided alike by the rarest class that they hold, so that neither a rare class nor empty images gather in
+    one part.
+
+    Args:
+        cases: The cases.
+        classes: For each case the classes besides the background that its mask holds; none for an empty mask.
+        split: How to divide them.
+        seed: Another seed, another division.
 
     Raises:
         UserError: There are too few groups, or the file of `split.files` does not fit the cases.
     """
     if split.files is not None:
-        return _from_file(cases, Path(split.files).expanduser())
-    order = sorted(range(len(cases)), key=lambda i: cases[i].name)
+        return _from_file(cases, Path(split.files).expanduser(), split.fold)
+    if split.folds is not None:
+        return fold_cases(cases, classes, split, seed)[split.fold]
+    groups, rng = _groups(cases, 2 + (split.test > 0)), np.random.default_rng(seed)
+    kinds = _kinds(groups, classes)
+    test = _draw(list(groups), groups, kinds, split.test, rng, keep=2)
+    rest = [name for name in groups if name not in test]
+    share = split.val * len(cases) / sum(len(groups[name]) for name in rest)
+    return _parts(cases, test, _draw(rest, groups, kinds, share, rng, keep=1))
+
+
+def fold_cases(
+    cases: Sequence[Case], classes: Sequence[Collection[int]], split: Split, seed: int
+) -> list[dict[str, list[Case]]]:
+    """Train, val and test cases of each of `split.folds` folds; a case that is no test case validates in one of them.
+
+    Args:
+        cases: The cases, which carry their groups.
+        classes: As for `split_cases`.
+        split: `folds` says how many, `test` which share is set aside from all of them.
+        seed: Another seed, other folds.
+
+    Raises:
+        UserError: There are fewer groups than folds.
+    """
+    assert split.folds is not None
+    groups, rng = _groups(cases, split.folds + (split.test > 0)), np.random.default_rng(seed)
+    test = _draw(list(groups), groups, _kinds(groups, classes), split.test, rng, keep=split.folds)
+    rest = {name: members for name, members in groups.items() if name not in test}
+    return [_parts(cases, test, val) for val in _deal(rest, classes, split.folds, rng)]
+
+
+def write_splits(path: Path | str, cases: Mapping[str, Sequence[Case]]) -> None:
+    """Write the names of the cases of each part, as `split.files` reads them."""
+    write_text_atomic(path, json.dumps(part_names(cases), indent=1) + "\n")
+
+
+def part_names(cases: Mapping[str, Sequence[Case]]) -> dict[str, list[str]]:
+    """The names of the cases of each part."""
+    return {part: [case.name for case in cases[part]] for part in PARTS}
+
+
+def _groups(cases: Sequence[Case], needed: int) -> dict[str, list[int]]:
+    """The cases of each group, by position, in the order of the cases' names: files may be listed in any order."""
     groups: dict[str, list[int]] = defaultdict(list)
-    for i in order:
+    for i in sorted(range(len(cases)), key=lambda i: cases[i].name):
         groups[cases[i].group].append(i)
-    needed = (split.folds or 2) + (split.test > 0)
     if len(groups) < needed:
         raise UserError(
             f"data.split: {len(cases)} cases in {len(groups)} groups cannot be divided into {needed} parts; "
             "groups stay whole (group_by)"
         )
-    rng = np.random.default_rng(seed)
-    filled = {name: any(foreground[i] for i in members) for name, members in groups.items()}
-    rest = list(groups)
-    test = _draw(rest, groups, filled, split.test, rng, keep=split.folds or 2)
-    rest = [name for name in rest if name not in test]
-    if split.folds is not None:
-        val = _folds(rest, groups, filled, split.folds, rng)[split.fold]
-    else:
-        val = _draw(rest, groups, filled, split.val * len(cases) / sum(len(groups[g]) for g in rest), rng, keep=1)
-    part = {name: "test" if name in test else "val" if name in val else "train" for name in groups}
+    return dict(groups)
+
+
+def _parts(cases: Sequence[Case], test: Collection[str], val: Collection[str]) -> dict[str, list[Case]]:
     result: dict[str, list[Case]] = {name: [] for name in PARTS}
-    for i in order:
-        result[part[cases[i].group]].append(cases[i])
+    for case in sorted(cases, key=lambda case: case.name):
+        result["test" if case.group in test else "val" if case.group in val else "train"].append(case)
     return result
 
 
-def write_splits(path: Path | str, cases: Mapping[str, Sequence[Case]]) -> None:
-    """Write the names of the cases of each part, as `split.files` reads them."""
-    write_text_atomic(path, json.dumps({part: [case.name for case in cases[part]] for part in PARTS}, indent=1) + "\n")
+def _kinds(groups: Mapping[str, Sequence[int]], classes: Sequence[Collection[int]]) -> dict[str, int]:
+    """For each group the rank of the rarest class in it, 0 for the rarest of all; empty groups come last."""
+    counts = Counter(c for found in classes for c in set(found))
+    rank = {c: i for i, (c, _) in enumerate(sorted(counts.items(), key=lambda item: (item[1], item[0])))}
+    return {
+        name: min((rank[c] for i in group for c in classes[i]), default=len(rank)) for name, group in groups.items()
+    }
 
 
 def _draw(
     names: Sequence[str],
     groups: Mapping[str, Sequence[int]],
-    filled: Mapping[str, bool],
+    kinds: Mapping[str, int],
     share: float,
     rng: np.random.Generator,
     keep: int,
 ) -> set[str]:
-    """Choose groups that hold about `share` of the cases, of those with and of those without foreground.
+    """Choose groups that hold about `share` of the cases, of those of each kind.
 
     At least one group is chosen, and at least `keep` are left. Within a stratum the count is off by at most half of
     its largest group.
@@ -158,8 +221,8 @@ def _draw(
     if share == 0:
         return chosen
     owed = 0.0  # what rounding left over in one stratum is made up for in the next
-    for stratum in (True, False):
-        members = [name for name in shuffled if filled[name] is stratum]
+    for kind in sorted({kinds[name] for name in names}):
+        members = [name for name in shuffled if kinds[name] == kind]
         goal = share * sum(len(groups[name]) for name in members) + owed
         count = 0
         for name in members:
@@ -170,23 +233,45 @@ def _draw(
     return chosen or {min(shuffled, key=lambda name: len(groups[name]))}
 
 
-def _folds(
-    names: Sequence[str],
-    groups: Mapping[str, Sequence[int]],
-    filled: Mapping[str, bool],
-    folds: int,
-    rng: np.random.Generator,
+def _deal(
+    groups: Mapping[str, Sequence[int]], classes: Sequence[Collection[int]], folds: int, rng: np.random.Generator
 ) -> list[set[str]]:
-    """Deal the groups, the largest first, each to the fold that has least of its kind, then least of all."""
-    result: list[set[str]] = [set() for _ in range(folds)]
-    counts = np.zeros((folds, 2), np.int64)
-    shuffled = [names[i] for i in rng.permutation(len(names))]
-    for name in sorted(shuffled, key=lambda name: -len(groups[name])):
-        kind = int(filled[name])
-        fold = min(range(folds), key=lambda f: (counts[f, kind], counts[f].sum()))
-        result[fold].add(name)
-        counts[fold, kind] += len(groups[name])
-    return result
+    """Deal the groups to folds, as the head of this file says.
+
+    In whole numbers: with rounded ones a tie could be broken differently on another machine.
+    """
+    contents = {name: _contents(members, classes) for name, members in groups.items()}
+    totals = sum(contents.values(), Counter[int]())
+    whole = math.lcm(*totals.values())
+    weights = {key: (whole // total) ** 2 for key, total in totals.items()}
+
+    def weight(found: Mapping[int, int], other: Mapping[int, int]) -> int:
+        return sum(weights[key] * count * other[key] for key, count in found.items())
+
+    def deal(order: Sequence[str]) -> tuple[int, list[set[str]]]:
+        result: list[set[str]] = [set() for _ in range(folds)]
+        counts = [Counter[int]() for _ in range(folds)]
+        for name in order:
+            # What D grows by, up to what is the same in every fold. An empty fold costs nothing, so none stays empty.
+            costs = [weight(contents[name], have) for have in counts]
+            fold = costs.index(min(costs))
+            result[fold].add(name)
+            counts[fold] += contents[name]
+        return sum(weight(have, have) for have in counts), result
+
+    names = list(groups)
+    orders = [[names[i] for i in rng.permutation(len(names))] for _ in range(max(1, min(64, 20_000 // len(names))))]
+    # The sort keeps the order of equals. Few groups of unlike sizes may go together better in another order.
+    orders[0].sort(key=lambda name: weight(contents[name], contents[name]), reverse=True)
+    return min((deal(order) for order in orders), key=lambda dealt: dealt[0])[1]
+
+
+def _contents(members: Sequence[int], classes: Sequence[Collection[int]]) -> "Counter[int]":
+    """How many cases of a group there are (-1), are empty (0), and hold each class."""
+    found: Counter[int] = Counter({-1: len(members)})
+    for i in members:
+        found.update(set(classes[i]) or {0})
+    return found
 
 
 def _groups_of_expression(cases: Sequence[Case], expression: str) -> list[str | None]:
@@ -223,16 +308,21 @@ def _groups_of_table(cases: Sequence[Case], path: Path, column: str) -> list[str
     return [groups.get(case.image.stem) or None for case in cases]
 
 
-def _from_file(cases: Sequence[Case], path: Path) -> dict[str, list[Case]]:
+def _from_file(cases: Sequence[Case], path: Path, fold: int) -> dict[str, list[Case]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"data.split.files: cannot read {path} ({error})") from None
+    if isinstance(content, list) and content:
+        if fold >= len(content):
+            raise UserError(f"data.split.fold: {path} holds {len(content)} folds, 0 to {len(content) - 1}; got {fold}")
+        content = content[fold]
     if not isinstance(content, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in content.values()
     ):
         raise UserError(
-            f'data.split.files: {path} must hold {{"train": [...], "val": [...], "test": [...]}} of case names'
+            f'data.split.files: {path} must hold {{"train": [...], "val": [...], "test": [...]}} of case names, '
+            "or a list of those, one for each fold"
         )
     for part in content:
         if part not in PARTS:
