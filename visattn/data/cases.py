@@ -153,6 +153,19 @@ def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
     Raises:
         UserError: A root does not exist or has no known layout, files lack a partner, or two share a stem.
     """
+    cases, folders = scan_roots(roots, sets)
+    raise_problems([problem for folder in folders for problem in folder.problems], len(cases))
+    if not cases:
+        raise UserError(f"data.root: no image with a mask in {', '.join(str(folder.path) for folder in folders)}")
+    return cases
+
+
+def scan_roots(roots: Sequence[str], sets: bool = False) -> tuple[list[Case], list[ImageFolder]]:
+    """As `find_cases`, and the folders; what is wrong with their files is told in `problems` and not raised.
+
+    Raises:
+        UserError: A root does not exist or has no known layout.
+    """
     folders: list[tuple[str, Path]] = []
     cases: list[Case] = []
     for root in roots:
@@ -165,17 +178,14 @@ def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
     if len(set(places)) < len(places) or list(roots).count(PHANTOM) > 1:
         raise UserError(f"data.root: the same data is named twice among {', '.join(roots[:6])}")
     several = len(folders) > 1 or bool(cases)
-    problems: list[str] = []
+    scans: list[ImageFolder] = []
     for (root, folder), prefix in zip(folders, name_prefixes([folder for _, folder in folders]), strict=True):
         scanned = scan_folder(folder)
-        problems += scanned.problems
+        scans.append(scanned)
         for stem, image, mask in scanned.pairs:
             name = f"{prefix}/{stem}" if several else stem
             cases.append(Case(name, image, mask, prefix if sets else name, root))
-    raise_problems(problems, len(cases))
-    if not cases:
-        raise UserError(f"data.root: no image with a mask in {', '.join(str(folder) for _, folder in folders)}")
-    return sorted(cases, key=lambda case: case.name)
+    return sorted(cases, key=lambda case: case.name), scans
 
 
 def scan_folder(folder: Path) -> ImageFolder:

@@ -4,7 +4,17 @@ Nothing here imports torch.
 """
 
 from visattn.survey.guess import LabelGuess, guess_group_by, guess_label_map, guess_labels
-from visattn.survey.look import Facts, Pair, Survey, find_parts, image_facts, mask_facts, survey
+from visattn.survey.look import (
+    Facts,
+    Pair,
+    Survey,
+    find_parts,
+    image_facts,
+    look_at_image,
+    look_at_mask,
+    mask_facts,
+    survey,
+)
 
 __all__ = [
     "Facts",
@@ -16,6 +26,8 @@ __all__ = [
     "guess_label_map",
     "guess_labels",
     "image_facts",
+    "look_at_image",
+    "look_at_mask",
     "mask_facts",
     "survey",
 ]

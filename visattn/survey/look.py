@@ -215,31 +215,42 @@ def find_parts(root: Path) -> dict[str, tuple[ImageFolder, ...]]:
 
 def image_facts(path: Path) -> Facts:
     """Decode an image and note what kind it is."""
-    facts = _header(path)
-    if facts.error:
-        return facts
-    try:
-        image = read_image(path, 3)
-    except UserError as error:
-        return _spoilt(facts, str(error))
-    except MemoryError:
-        return _spoilt(facts, f"{path}: not enough memory to decode it")
-    red, green, blue = cv2.split(image)
-    spread = cv2.max(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)), cv2.absdiff(red, blue))
-    return replace(facts, colour=int(spread.max(initial=0)))
+    return look_at_image(path)[0]
 
 
 def mask_facts(path: Path) -> Facts:
     """Decode a mask and count its values."""
+    return look_at_mask(path)[0]
+
+
+def look_at_image(path: Path) -> tuple[Facts, NDArray[np.uint8] | None]:
+    """What `image_facts` tells, and the pixels (H, W, 3), or None where it cannot be read."""
     facts = _header(path)
     if facts.error:
-        return facts
+        return facts, None
     try:
-        return replace(facts, values=_count(read_mask(path)))
+        image = read_image(path, 3)
     except UserError as error:
-        return _spoilt(facts, str(error))
+        return _spoilt(facts, str(error)), None
     except MemoryError:
-        return _spoilt(facts, f"{path}: not enough memory to decode it")
+        return _spoilt(facts, f"{path}: not enough memory to decode it"), None
+    red, green, blue = cv2.split(image)
+    spread = cv2.max(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)), cv2.absdiff(red, blue))
+    return replace(facts, colour=int(spread.max(initial=0))), image
+
+
+def look_at_mask(path: Path) -> tuple[Facts, NDArray[np.int32] | None]:
+    """What `mask_facts` tells, and the values (H, W), or None where it cannot be read."""
+    facts = _header(path)
+    if facts.error:
+        return facts, None
+    try:
+        mask = read_mask(path)
+    except UserError as error:
+        return _spoilt(facts, str(error)), None
+    except MemoryError:
+        return _spoilt(facts, f"{path}: not enough memory to decode it"), None
+    return replace(facts, values=_count(mask)), mask
 
 
 def _header(path: Path) -> Facts:
