@@ -23,7 +23,11 @@ from visattn.errors import UserError, unknown
 
 _logger = logging.getLogger(__name__)
 
-OFFICIAL = {"pranet": "visattn.networks.pranet"}
+OFFICIAL = {
+    "agunet": "visattn.networks.agunet_weights",
+    "daunet": "visattn.networks.agunet_weights",
+    "pranet": "visattn.networks.pranet",
+}
 """Networks whose authors' checkpoints can be loaded, each with the module whose `from_official` does it.
 
 Modules are named, not imported, because networks themselves import this file to read their backbones' weights.
@@ -48,7 +52,7 @@ def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwarg
     if name not in OFFICIAL:
         raise unknown("network with official weights", name, OFFICIAL)
     tensors = read_weights(state_dict) if isinstance(state_dict, str | Path) else unwrap(state_dict)
-    network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(tensors, **kwargs)
+    network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(name, tensors, **kwargs)
     return network.eval()
 
 

@@ -11,7 +11,14 @@ from visattn.errors import UserError
 from visattn.networks import NETWORKS, check_network, create_model, describe, prediction
 
 # A small setting of each network, so that a new one is tested by one line.
-SMALL = {"pranet": {"backbone": "resnet10t", "channels": 8}}
+SMALL = {
+    "agunet": {"filters": (4, 6, 8)},
+    "daunet": {"filters": (4, 6, 8)},
+    "pranet": {"backbone": "resnet10t", "channels": 8},
+    "unet3d": {"filters": (4, 6, 8, 8), "deep_supervision": True},
+}
+SIZE = {"pranet": (45, 70)}  # the others take volumes
+VOLUME = (11, 13, 18)
 
 
 def test_every_network_has_a_small_setting_here():
@@ -23,10 +30,14 @@ def test_every_network_has_a_small_setting_here():
 def test_outputs(name, training):
     torch.manual_seed(0)
     network = create_model(name, in_channels=2, classes=3, activation="softmax", **SMALL[name]).train(training)
-    output = network(torch.randn(2, 2, 45, 70))
+    size = SIZE.get(name, VOLUME)
+    output = network(torch.randn(2, 2, *size))
     maps = [output] if isinstance(output, torch.Tensor) else list(output)
     assert len(maps) == len(network.output_names)
-    assert all(m.shape == (2, 3, 45, 70) for m in maps)
+    assert all(m.shape[:2] == (2, 3) and m.ndim == 2 + len(size) for m in maps)
+    assert maps[0].shape[2:] == size
+    # Side outputs may be coarser, and come in falling resolution.
+    assert [m.numel() for m in maps] == sorted((m.numel() for m in maps), reverse=True)
     assert prediction(output) is maps[0]
     assert (maps[0].sum(dim=1) - 1).abs().max() > 0.01, "logits, not probabilities"
 

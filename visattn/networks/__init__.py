@@ -2,7 +2,7 @@
 
 A builder takes `in_channels` and `classes` beside its own arguments. The network it returns is called with images
 (B, in_channels, *S) and gives logits (B, classes, *S), in training and evaluation alike; with side outputs it gives a
-tuple of such maps, the prediction first. `output_names` names the maps.
+tuple of maps, the prediction first, the others of the same or of lower resolutions. `output_names` names the maps.
 """
 
 import inspect
@@ -12,12 +12,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from visattn.errors import UserError, nearest, unknown
+from visattn.networks import agunet as _agunet
 from visattn.networks import pranet as _pranet
+from visattn.networks import unet3d as _unet3d
 
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"pranet": _pranet.pranet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "agunet": _agunet.agunet,
+    "daunet": _agunet.daunet,
+    "pranet": _pranet.pranet,
+    "unet3d": _unet3d.unet3d,
+}
 """Builders by the name that recipes use."""
 
-_INFO: dict[str, dict[str, Any]] = {"pranet": _pranet.INFO}
+_INFO: dict[str, dict[str, Any]] = {**_agunet.INFO, "pranet": _pranet.INFO, "unet3d": _unet3d.INFO}
 
 __all__ = ["NETWORKS", "check_network", "create_model", "describe", "prediction"]
 

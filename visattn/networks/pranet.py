@@ -71,16 +71,17 @@ def pranet(
     return SegmentationNet(features, PraNetHead(features.features, classes, channels, activation))
 
 
-def from_official(state_dict: Mapping[str, Tensor], **kwargs: Any) -> SegmentationNet:
+def from_official(name: str, state_dict: Mapping[str, Tensor], **kwargs: Any) -> SegmentationNet:
     """PraNet with the authors' weights; every entry must match, by name and shape.
 
     Args:
+        name: `pranet`.
         state_dict: The official state dict, unwrapped.
         kwargs: Arguments of `pranet`.
     """
     from visattn.networks import create_model
 
-    network = create_model("pranet", **kwargs)
+    network = create_model(name, **kwargs)
     assert isinstance(network, SegmentationNet)
     load_renamed(network, state_dict, official_name, UNUSED, "official PraNet")
     return network
