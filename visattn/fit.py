@@ -24,7 +24,7 @@ from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.labels import Labels
 from visattn.recipe_cli import RecipeCLI, parse
-from visattn.results import write_results
+from visattn.results import earlier_masks, start_scoring, write_results
 from visattn.runs import ROOT, find_checkpoint, is_first_process, new_run, start_run
 from visattn.task import SegmentationTask
 
@@ -96,6 +96,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
         _check_weights(task, checkpoint)  # before this recipe takes the place of the run's own config.yaml
     assert run is not None
     if is_first_process():
+        earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
         write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
         data.write_splits(run / "splits.json")
 
@@ -136,7 +137,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
             "Check trainer.max_epochs, check_val_every_n_epoch, limit_val_batches and fast_dev_run."
         )
     best = Path(keep.best_model_path)
-    task.suite = "full"
+    start_scoring(run, task)
     trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
     report = write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
     if trainer.is_global_zero:
@@ -158,7 +159,7 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     if own is not None and (own / "summary.json").is_file():  # the recipe given here may be the run's config.yaml
         task.recipe_name = json.loads((own / "summary.json").read_text())["recipe"]
     output = (own if own is not None else new_run(root, name)) / stage
-    task.suite = "full"
+    start_scoring(output, task)
     trainer = cli.build_trainer(
         logger=False, enable_checkpointing=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
         callbacks=[TrainingProgress()],

@@ -1,9 +1,9 @@
-"""What a finished run leaves for people: the table of cases, the summary, overlays, curves and the report."""
+"""What a finished run leaves for people: masks, the table of cases, the summary, overlays, curves and the report."""
 
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,70 @@ import torch
 
 from visattn import NOTICE
 from visattn.checkpoint import library_versions
-from visattn.data.images import prepare
-from visattn.inference import predict_probabilities
+from visattn.data.cases import PHANTOM
+from visattn.errors import UserError
 from visattn.metrics import summarise
-from visattn.overlay import draw_overlay, write_png
 from visattn.report import write_curves, write_report
 from visattn.runs import is_first_process
-from visattn.scored import choose, safe_name, write_cases, write_summary
-from visattn.task import THRESHOLD, SegmentationTask
+from visattn.scored import (
+    CASES,
+    INPUTS,
+    Input,
+    read_inputs,
+    safe_name,
+    write_cases,
+    write_inputs,
+    write_overlays,
+    write_summary,
+)
+from visattn.task import SegmentationTask
+
+MASKS = "masks"
+_PART = ".masks.part"  # where masks are written until all cases are scored
+
+
+def start_scoring(folder: Path, task: SegmentationTask) -> None:
+    """Make the next validation or test a full scoring, whose masks `write_results` puts into `folder`.
+
+    Every process calls this, and Lightning lets none begin before all have. Until `write_results`, what an earlier
+    scoring left in `folder` stays as it is.
+
+    Raises:
+        UserError: `folder/masks` holds files that are not of an earlier scoring.
+    """
+    if is_first_process():
+        earlier_masks(folder)
+        shutil.rmtree(folder / _PART, ignore_errors=True)  # of a scoring that was killed
+        (folder / _PART).mkdir(parents=True)
+    task.suite = "full"
+    task.masks = folder / _PART
+
+
+def earlier_masks(folder: Path) -> list[Path]:
+    """The masks that an earlier scoring left in a run folder: those that its `inputs.json` names.
+
+    Raises:
+        UserError: There are other files among them. A folder with somebody's images and masks may have been named as
+            the run folder, and its masks must not be taken for ours and replaced.
+    """
+    masks = Path(os.path.abspath(folder / MASKS))
+    if not os.path.lexists(masks):
+        return []
+    if masks.is_symlink() or not masks.is_dir():
+        raise UserError(
+            f"{masks}: the masks of this run belong there, but it is no folder.\nMove it, or name another --run"
+        )
+    present = sorted(masks / name for name in os.listdir(masks))
+    known: set[Path | None] = set()
+    if present and (folder / INPUTS).is_file():
+        known = {entry.prediction for entry in read_inputs(folder).values()}
+    foreign = [path.name for path in present if path not in known]
+    if foreign:
+        raise UserError(
+            f"{masks}: holds {len(foreign)} files that {INPUTS} beside it does not name, as {foreign[0]!r:.80}.\n"
+            "The masks of this run belong there. Move or remove those files, or name another --run."
+        )
+    return present
 
 
 def write_results(
@@ -31,13 +87,13 @@ def write_results(
     seconds: float,
     epoch: int,
 ) -> Path | None:
-    """Write `cases.csv`, `summary.json`, `overlays/`, `curves.png` and `report.html` into `folder`.
+    """Write `masks/`, `cases.csv`, `summary.json`, `inputs.json`, `overlays/`, `curves.png` and `report.html`.
 
     Every process of a distributed run calls this, since the cases are gathered; the first one writes.
 
     Args:
         folder: The run folder, or the folder of one evaluation.
-        task: Has just validated or tested with the suite `full`.
+        task: Has just validated or tested after `start_scoring`.
         data: The data module.
         split: `val` or `test`.
         checkpoint: The weights that were scored.
@@ -47,12 +103,14 @@ def write_results(
     Returns:
         The report, or None where this process writes nothing or the extra `report` is not installed.
     """
-    assert task.validation_metrics is not None
-    rows = task.validation_metrics.rows()
-    means = task.validation_metrics.compute()
+    metrics = task.validation_metrics
+    assert metrics is not None
+    rows, means = metrics.rows(), metrics.compute()
+    confusion, calibration = metrics.confusion(), metrics.calibration()
     if not is_first_process():
         return None
-    write_cases(folder / "cases.csv", rows, split)
+    inputs = _put_masks(folder, data.cases[split])
+    write_cases(folder / CASES, rows, split)
     summary = {
         "notice": NOTICE,
         "recipe": task.recipe_name,
@@ -62,6 +120,8 @@ def write_results(
         "best_epoch": epoch,
         "metrics": [asdict(entry) for entry in summarise(rows)],
         "means": means,
+        "confusion": confusion,
+        "calibration": calibration,
         "data": {
             "description": data.description,
             "fingerprint": data.fingerprint,
@@ -73,10 +133,37 @@ def write_results(
         "labels": task.labels.to_config(),
     }
     write_summary(folder, summary)
-    _write_overlays(folder / "overlays", task, data, data.cases[split], rows)
+    write_overlays(folder, rows, {(entry.group, entry.case): entry for entry in inputs}, task.labels)
     if (folder / "metrics.csv").is_file():
         write_curves(folder)
     return write_report(folder)
+
+
+def _put_masks(folder: Path, cases: Sequence[Any]) -> list[Input]:
+    """Put the new masks in the place of the old ones, and write `inputs.json`.
+
+    The list is renewed between the two, so that whenever this is killed, `inputs.json` names every mask that is there.
+    """
+    part, masks = folder / _PART, folder / MASKS
+    for path in earlier_masks(folder):
+        path.unlink()
+    inputs = []
+    for case in cases:
+        mask = f"{safe_name(case.name)}.png"
+        drawn = case.root == PHANTOM  # by name, again and again
+        inputs.append(
+            Input(
+                case=case.name,
+                group=case.group,
+                root=case.root,
+                image=None if drawn else case.image,
+                truth=None if drawn else case.mask,
+                prediction=masks / mask if (part / mask).is_file() else None,
+            )
+        )
+    write_inputs(folder, inputs)
+    part.replace(masks)  # an empty folder may be replaced
+    return inputs
 
 
 def hardware(device: torch.device) -> str:
@@ -85,19 +172,3 @@ def hardware(device: torch.device) -> str:
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}"
     threads = torch.get_num_threads()
     return f"{device.type}, {platform.machine()}, {os.cpu_count()} cores, {threads} torch threads"
-
-
-def _write_overlays(
-    folder: Path, task: SegmentationTask, data: Any, cases: Sequence[Any], rows: Sequence[Mapping[str, Any]]
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    by_name = {case.name: case for case in cases}
-    assert task.network is not None
-    task.network.eval()
-    for prefix, ((_, name), score) in choose(rows).items():
-        image, truth = data.read_case(by_name[name])
-        batch = prepare(image, data.preprocessing)[None].to(task.device)
-        (probability,) = predict_probabilities(task.network, batch, [truth.shape], task.labels.activation)
-        predicted = task.labels.from_probabilities(probability, THRESHOLD)
-        picture = draw_overlay(image, predicted, task.labels, truth, note=f"Dice {score:.3f}")
-        write_png(folder / f"{prefix}-{safe_name(name)}.png", picture)

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ CASES, SUMMARY, INPUTS = "cases.csv", "summary.json", "inputs.json"
 PICTURES = 3  # overlays of each kind: the worst, the median and the best cases by Dice
 AGAIN = "Make it again with visattn validate, test or evaluate."
 
+_GROUND = (58, 63, 72)  # grey that both white and cyan lines stand out from
 _PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.cases.PHANTOM)
 _TEXTS = ("case", "group", "class")
 # A spreadsheet would run a text that begins so; written with an apostrophe in front, which reading takes off again.
@@ -312,22 +312,27 @@ def choose(rows: Sequence[Mapping[str, Any]], count: int = PICTURES) -> dict[str
 def write_overlays(
     folder: Path, rows: Sequence[Mapping[str, Any]], inputs: Mapping[tuple[str, str], Input], labels: Labels
 ) -> None:
-    """Replace the folder `overlays/` in `folder` by pictures of the worst, median and best cases.
+    """Draw the worst, median and best cases into `overlays/`, in the place of those of an earlier scoring.
+
+    Without an image the outlines stand on a plain ground.
 
     Args:
         folder: The scored folder.
         rows: Its cases.
-        inputs: By group and case; a case without image gets no picture, and one without predicted mask is drawn with
-            an empty one.
+        inputs: By group and case; a case without predicted mask is drawn with an empty one.
         labels: What the masks mean.
     """
-    shutil.rmtree(folder / "overlays", ignore_errors=True)
+    for path in (folder / "overlays").glob("*.png"):
+        if re.match(r"(worst|median|best)-\d+-", path.name):  # anything else there is not ours
+            path.unlink()
     for prefix, (key, score) in choose(rows).items():
         image, truth, prediction = load_case(inputs[key], labels)
         if image is None:
-            continue
-        predicted = np.zeros_like(truth) if prediction is None else prediction
-        picture = draw_overlay(image, predicted, labels, truth, note=f"Dice {score:.3f}")
+            image = np.full((*truth.shape, 3), _GROUND, np.uint8)
+        note = f"Dice {score:.3f}"
+        if prediction is None:
+            prediction, note = np.zeros_like(truth), f"{note}, no prediction"
+        picture = draw_overlay(image, prediction, labels, truth, note)
         write_png(folder / "overlays" / f"{prefix}-{safe_name(key[1])}.png", picture)
 
 

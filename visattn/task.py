@@ -20,7 +20,9 @@ from visattn.losses import build_loss
 from visattn.metrics import SegmentationMetrics, Suite
 from visattn.networks import check_network, create_model
 from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze
+from visattn.overlay import write_png
 from visattn.runs import is_first_process
+from visattn.scored import safe_name
 
 THRESHOLD = 0.5  # of the sigmoid, for binary labels and for regions
 
@@ -74,6 +76,7 @@ class SegmentationTask(L.LightningModule):
         self.recipe_name = ""
         self.data: Any = None  # the data module, set by fit: labels and preprocessing decide the network's ends
         self.suite: Suite = "headline"
+        self.masks: Path | None = None  # where the masks of a full scoring are written, set by results
         self.network: nn.Module | None = None
         self.validation_metrics: SegmentationMetrics | None = None
 
@@ -166,6 +169,8 @@ class SegmentationTask(L.LightningModule):
         for case, group, truth, probability in zip(batch["case"], batch["group"], natives, probabilities, strict=True):
             predicted = self.labels.from_probabilities(probability, THRESHOLD)
             self.validation_metrics.update(case, predicted, truth, probability, suite=self.suite, group=group)
+            if self.masks is not None:  # each process its own cases; what was scored is what is written
+                write_png(self.masks / f"{safe_name(case)}.png", self.labels.decode(predicted))
         return loss.detach()
 
     def on_validation_epoch_start(self) -> None:
