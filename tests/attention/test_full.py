@@ -150,7 +150,7 @@ def test_attention_map_is_the_row_of_weights():
     seen = block.attention_map(x, (2, 1))
     q, k, _ = block.qkv(x.flatten(1, 2)).reshape(2, 15, 3, 2, 4).permute(2, 0, 3, 1, 4)
     wanted = (q @ k.mT / 2).softmax(-1)[:, :, 11]
-    torch.testing.assert_close(seen, wanted.reshape(2, 2, 3, 5).float())
+    torch.testing.assert_close(seen, wanted.reshape(2, 2, 3, 5))
     for wrong in ((3, 0), (0,), (-1, 0)):
         with pytest.raises(ValueError, match="index into the map"):
             block.attention_map(x, wrong)

@@ -97,6 +97,7 @@ class AgentStrips(nn.Module):
     def attention_map(self, qkv: Tensor, query: Sequence[int]) -> Tensor:
         """How much the token at index `query` attends to every token of the map (3, B, *S, C): (B, h, *S)."""
         size = qkv.shape[2:-1]
+        flat_index(query, size)  # refuses an index outside
         strip, counts = self._strip(size), self._counts(size)
         q, k = (window_partition(part, strip, counts) for part in qkv[:2])
         with without_autocast(qkv.device):

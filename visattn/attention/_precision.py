@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -14,3 +15,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def exact(x: Tensor) -> Tensor:
+    """`x` in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def exact_logits(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """The logits scale * query key^T (..., Nq, Nk) of (..., Nq, D) and (..., Nk, D), in float32 at least."""
+    with without_autocast(query.device):
+        return torch.matmul(exact(query) * scale, exact(key).mT)

@@ -296,7 +296,7 @@ def flat_index(index: Sequence[int], sizes: Sequence[int]) -> int:
         ValueError: The index has another number of axes, or lies outside.
     """
     if len(index) != len(sizes) or any(not 0 <= i < size for i, size in zip(index, sizes, strict=True)):
-        raise ValueError(f"an index into a map of size {tuple(sizes)} takes one value per axis below it, got {index}")
+        raise ValueError(f"query must be an index into the map {tuple(sizes)}, got {tuple(index)}")
     position = 0
     for i, size in zip(index, sizes, strict=True):
         position = position * size + i

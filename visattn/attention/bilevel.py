@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
-from visattn.attention._precision import without_autocast
+from visattn.attention._precision import exact_logits, without_autocast
 from visattn.attention._windows import (
     ceil_div,
     certain,
@@ -233,8 +233,7 @@ class BiLevelRoutingAttention(nn.Module):
         parts = self._windows(x)
         r_weight, r_idx = self._route(parts.means)
         q, k, v = self._select(parts, r_weight, r_idx)
-        logits = (q.float() if q.dtype.itemsize < 4 else q) @ k.to(torch.promote_types(k.dtype, torch.float32)).mT
-        attention = (logits * self.scale).softmax(-1)  # (B R, h, T, k U)
+        attention = exact_logits(q, k, self.scale).softmax(-1)  # (B R, h, T, k U)
         out = self._finish((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2), parts, x.shape[1:-1])
         return RoutedAttention(out, r_weight, r_idx, attention.reshape(*parts.q.shape[:2], *attention.shape[1:]))
 

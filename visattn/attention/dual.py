@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
-from visattn.attention._precision import without_autocast
+from visattn.attention._precision import exact_logits, without_autocast
 from visattn.attention._windows import flat_index
 
 Form = Literal["code", "paper"]
@@ -83,10 +83,7 @@ class PositionAttention(nn.Module):
         """How much the token at index `query` attends to every token of `x` (B, *S, C): (B, 1, *S), summing to 1."""
         position = flat_index(query, x.shape[1:-1])
         q, k = self.conv_c(x).flatten(1, -2)[:, position], self.conv_b(x).flatten(1, -2)
-        with without_autocast(x.device):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            energy = k.to(dtype) @ q.to(dtype)[..., None]  # (B, N, 1)
-        weights: Tensor = energy.softmax(1)
+        weights = exact_logits(q[:, None], k, 1.0).softmax(-1)  # (B, 1, N)
         return weights.reshape(x.shape[0], 1, *x.shape[1:-1])
 
     def extra_repr(self) -> str:

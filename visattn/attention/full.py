@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
 from visattn.attention._norm import batch_norm
-from visattn.attention._precision import without_autocast
+from visattn.attention._precision import exact_logits
+from visattn.attention._windows import flat_index
 
 Variant = Literal["vit", "pvt", "e_mhsa"]
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -132,13 +133,8 @@ class FullAttention(nn.Module):
             raise ValueError("attention_map needs sr_ratio=1: a reduced key has no single position")
         q, k, _ = self._project(x)
         sizes = x.shape[1:-1]
-        if len(query) != len(sizes) or any(not 0 <= at < size for at, size in zip(query, sizes, strict=True)):
-            raise ValueError(f"query must be an index into the map {tuple(sizes)}, got {tuple(query)}")
-        place = 0
-        for at, size in zip(query, sizes, strict=True):
-            place = place * size + at
-        with without_autocast(x.device):
-            scores = (q[:, :, place, None].float() * self.scale) @ k.float().mT  # (B, H, 1, N)
+        place = flat_index(query, sizes)
+        scores = exact_logits(q[:, :, place, None], k, self.scale)  # (B, H, 1, N)
         return scores.softmax(-1).reshape(x.shape[0], self.num_heads, *sizes)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,12 +15,12 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
+from visattn.attention._precision import exact_logits
 from visattn.attention._windows import flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -123,8 +123,7 @@ class LePEAttention(nn.Module):
         """How much the token at index `query` attends to every token of `x` (B, *S, C): (B, h, *S), summing to 1."""
         q, k, _, _ = self._project(x)
         position = flat_index(query, x.shape[1:-1])
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        logits = (q[:, :, position, None].to(dtype) @ k.to(dtype).mT) * self.scale  # (B, h, 1, N)
+        logits = exact_logits(q[:, :, position, None], k, self.scale)  # (B, h, 1, N)
         return logits.softmax(-1).reshape(x.shape[0], self.num_heads, *x.shape[1:-1])
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
+from visattn.attention._precision import exact_logits
 from visattn.attention._relative import RelativePositionMlp, RelativePositionTable, TableLayout
 from visattn.attention._windows import (
     ceil_div,
@@ -101,9 +102,8 @@ def _row(block: Any, windows: Tensor, mask: Tensor | None, place: tuple[int, int
     """Attention of one query, `place` = (window, token), to every token of every window: (B, W, T, h)."""
     window, token = place
     q, k, _ = _heads(block, windows[:, window : window + 1])
-    exact = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[:, :, token, None].to(exact) @ k.to(exact).mT * block.scale)[:, :, 0]  # (B, h, T)
-    bias = _bias(block, None if mask is None else mask[window : window + 1], 1, exact)
+    logits = exact_logits(q[:, :, token, None], k, block.scale)[:, :, 0]  # (B, h, T)
+    bias = _bias(block, None if mask is None else mask[window : window + 1], 1, logits.dtype)
     if bias is not None:
         own = bias[:, :, token]
         logits = logits.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else logits + own

@@ -29,7 +29,8 @@ from visattn.attention._neighborhood_reference import neighborhood_reference
 from visattn.attention._neighborhood_tiles import neighborhood_tiles
 from visattn.attention._neighborhood_traced import neighborhood_traced
 from visattn.attention._neighborhood_windows import Axis, axes_of, bounds, check_fits
-from visattn.attention._precision import without_autocast
+from visattn.attention._precision import exact, without_autocast
+from visattn.attention._windows import flat_index
 
 Backend = Literal["auto", "reference", "torch", "natten"]
 SmallMaps = Literal["clip", "pad", "error"]
@@ -290,8 +291,7 @@ class NeighborhoodAttention(nn.Module):
         """
         q, k, _ = self._project(x)
         sizes = x.shape[1:-1]
-        if len(query) != len(sizes) or any(not 0 <= at < size for at, size in zip(query, sizes, strict=True)):
-            raise ValueError(f"query must be an index into the map {tuple(sizes)}, got {tuple(query)}")
+        flat_index(query, sizes)  # refuses an index outside
         flat = 0
         place, table = [slice(None)], [slice(None)]
         for at, size, axis in zip(query, k.shape[1:-2], self.axes, strict=True):
@@ -301,8 +301,8 @@ class NeighborhoodAttention(nn.Module):
             place.append(slice(group + axis.dilation * first, group + axis.dilation * (last - 1) + 1, axis.dilation))
             table.append(slice(first - index + axis.kernel - 1, last - index + axis.kernel - 1))
         with without_autocast(x.device):
-            keys = k[tuple(place)].float()  # (B, *window, H, D)
-            scores = torch.einsum("bhd,b...hd->bh...", q.flatten(1, -3)[:, flat].float() * self.scale, keys)
+            keys = exact(k[tuple(place)])  # (B, *window, H, D)
+            scores = torch.einsum("bhd,b...hd->bh...", exact(q.flatten(1, -3)[:, flat]) * self.scale, keys)
         if self.rpb is not None:
             scores = scores + self.rpb[tuple(table)]
         weights = scores.flatten(2).softmax(-1).reshape(scores.shape)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from visattn.attention import _checks as check
 from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, track, uses_batch
 from visattn.attention._partial_spatial import SpatialStep
-from visattn.attention._precision import without_autocast
+from visattn.attention._precision import exact_logits, without_autocast
 from visattn.attention._windows import flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -284,8 +284,7 @@ class SelfAttention(nn.Module):
         q, k, v = self.heads(x)
         with without_autocast(x.device):
             # A bias with a gradient keeps torch from its fused kernel, and then the plain products are faster.
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            logits = torch.matmul(q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype).mT)
+            logits = exact_logits(q, k, q.shape[-1] ** -0.5)
             weights = (logits + self.rpe_k(tuple(x.shape[1:-1]))).softmax(-1)
             weights = F.dropout(weights, self.attn_drop, self.training)
             out = torch.matmul(weights.to(v.dtype), v)  # (B, h, N, d)
@@ -298,11 +297,8 @@ class SelfAttention(nn.Module):
         size = tuple(x.shape[1:-1])
         position = flat_index(query, size)
         q, k, _ = self.heads(x)
-        with without_autocast(x.device):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            logits = (q[:, :, position, None].to(dtype) @ k.to(dtype).mT) * q.shape[-1] ** -0.5  # (B, h, 1, N)
-            logits = logits + self.rpe_k(size)[:, position, None]
-        weights: Tensor = logits.softmax(-1)
+        logits = exact_logits(q[:, :, position, None], k, q.shape[-1] ** -0.5)  # (B, h, 1, N)
+        weights: Tensor = (logits + self.rpe_k(size)[:, position, None]).softmax(-1)
         return weights.reshape(x.shape[0], self.num_heads, *size)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
