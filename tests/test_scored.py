@@ -217,16 +217,21 @@ def test_no_case_is_chosen_twice_and_undefined_ones_never():
     assert choose(as_read, 3) == choose(rows, 3)
 
 
-def test_overlays_are_replaced_and_need_an_image(tmp_path):
+def test_overlays_are_replaced_and_need_no_image(tmp_path):
     image, mask = np.full((40, 50, 3), 90, np.uint8), np.zeros((40, 50), np.uint8)
     mask[10:20, 10:30] = 255
     write_png(tmp_path / "i.png", image)
     write_png(tmp_path / "t.png", mask)
     write_png(tmp_path / "overlays" / "worst-9-old.png", image)
+    write_png(tmp_path / "overlays" / "own.png", image)
     files = (tmp_path / "i.png", tmp_path / "t.png", None)
     inputs = {("g", "x/y"): Input("x/y", "g", "r", *files), ("h", "z"): Input("z", "h", "r", None, files[1], None)}
     write_overlays(tmp_path, [row("x/y", 0.0, group="g"), row("z", 0.5, group="h")], inputs, LABELS)
-    assert [path.name for path in (tmp_path / "overlays").iterdir()] == [f"worst-1-{safe_name('x/y')}.png"]
+    assert {path.name for path in (tmp_path / "overlays").iterdir()} == {
+        f"worst-1-{safe_name('x/y')}.png",
+        "worst-2-z.png",
+        "own.png",
+    }
 
 
 def test_scored_folders_are_read_without_torch():
