@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,6 +45,9 @@ class Facts:
         orientation: The EXIF orientation, 1 where there is none.
         error: Why the file cannot be used, as training would say it, or None.
         colour: Of an image, the largest difference between its three channels; 0 of a mask or an unreadable file.
+        mean: Of an image, the mean grey, 0 to 255.
+        std: Of an image, the standard deviation of its grey.
+        high: Of an image, the largest grey.
         values: Of a mask, how many pixels have each value; empty for an image or an unreadable file.
     """
 
@@ -55,6 +58,9 @@ class Facts:
     orientation: int = 1
     error: str | None = None
     colour: int = 0
+    mean: float = 0.0
+    std: float = 0.0
+    high: int = 0
     values: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -73,6 +79,7 @@ class Pair:
         image: What is known of the image.
         mask: What is known of the mask.
         part: train, val or test: how the folders divide the data; train where they do not.
+        thumbnail: What `survey` was asked to keep of the image, or None.
     """
 
     name: str
@@ -80,6 +87,7 @@ class Pair:
     image: Facts
     mask: Facts
     part: str
+    thumbnail: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
     @property
     def usable(self) -> bool:
@@ -146,6 +154,14 @@ class Survey:
         return all(pair.image.grey for pair in self.usable)
 
     @cached_property
+    def brightness(self) -> tuple[float, float]:
+        """Mean and standard deviation of the grey of all images, each image counting once, on a scale of 0 to 1."""
+        means = np.array([pair.image.mean for pair in self.usable]) / 255
+        squares = (np.array([pair.image.std for pair in self.usable]) / 255) ** 2 + means**2
+        mean = float(means.mean())
+        return mean, float(np.sqrt(max(squares.mean() - mean**2, 0.0)))
+
+    @cached_property
     def values(self) -> dict[int, int]:
         """How many pixels of all masks have each value, in the order of the values."""
         total: Counter[int] = Counter()
@@ -154,13 +170,18 @@ class Survey:
         return dict(sorted(total.items()))
 
 
-def survey(folder: Path | str, advance: Callable[[int], None] | None = None) -> Survey:
+def survey(
+    folder: Path | str,
+    advance: Callable[[int], None] | None = None,
+    thumbnail: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+) -> Survey:
     """Look at every image and mask below `folder`.
 
     Args:
         folder: A folder with images/ and masks/ (or another of `LAYOUTS`), or one of several such folders; sub-folders
             called train, val and test are taken as that, TrainDataset and TestDataset too.
         advance: Called after each pair with their number, for a progress bar.
+        thumbnail: Makes of an image in grey (H, W) what is to be kept of it.
 
     Raises:
         UserError: There is no such folder, or no images with masks in it.
@@ -178,7 +199,9 @@ def survey(folder: Path | str, advance: Callable[[int], None] | None = None) -> 
 
     def look(entry: tuple[str, str, str, Path, Path]) -> Pair:
         part, name, stem, image, mask = entry
-        return Pair(name, stem, image_facts(image), mask_facts(mask), part)
+        facts, pixels = look_at_image(image)
+        kept = None if thumbnail is None or pixels is None else thumbnail(_grey(pixels))
+        return Pair(name, stem, facts, mask_facts(mask), part, kept)
 
     pairs = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
@@ -236,6 +259,9 @@ def look_at_image(path: Path) -> tuple[Facts, NDArray[np.uint8] | None]:
         return _spoilt(facts, f"{path}: not enough memory to decode it"), None
     red, green, blue = cv2.split(image)
     spread = cv2.max(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)), cv2.absdiff(red, blue))
+    grey = _grey(image)
+    mean, std = cv2.meanStdDev(grey)
+    facts = replace(facts, mean=float(mean[0, 0]), std=float(std[0, 0]), high=int(grey.max(initial=0)))
     return replace(facts, colour=int(spread.max(initial=0))), image
 
 
@@ -251,6 +277,10 @@ def look_at_mask(path: Path) -> tuple[Facts, NDArray[np.int32] | None]:
     except MemoryError:
         return _spoilt(facts, f"{path}: not enough memory to decode it"), None
     return replace(facts, values=_count(mask)), mask
+
+
+def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def _header(path: Path) -> Facts:
