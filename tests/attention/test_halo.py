@@ -185,7 +185,7 @@ def test_attention_map(reference):
                     if position is not None:
                         expected[position] = float(p)
                 torch.testing.assert_close(weights[image, head], expected, atol=1e-12, rtol=1e-9)
-    with pytest.raises(ValueError, match="below it"):
+    with pytest.raises(ValueError, match="index into the map"):
         block.attention_map(x, (5, 0, 0))
 
 
