@@ -10,19 +10,21 @@ def add(commands: Any) -> None:
     """Register the command."""
     text = "score a folder of masks, made by any tool, against the true ones"
     parser = commands.add_parser("evaluate", help=text, description=text)
-    parser.add_argument("prediction", type=Path, metavar="PRED", help="folder of predicted masks")
-    parser.add_argument("truth", type=Path, metavar="GT", help="folder of true masks; pairs are made by file stem")
+    parser.add_argument("prediction", type=Path, metavar="PRED", help="folder of predicted masks, with subfolders")
     parser.add_argument(
-        "--labels", required=True, type=Path, metavar="FILE", help="YAML with the recipe's labels block alone"
+        "truth", type=Path, metavar="GT", help="folder of true masks, or with images/ and masks/; paired by file stem"
+    )
+    parser.add_argument(
+        "--labels", required=True, type=Path, metavar="FILE", help="YAML with the labels block of a recipe alone"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the results (default: PRED/evaluation)")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, to draw overlays")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="the images, to draw overlays on")
     parser.add_argument("--group_by", metavar="EXPR", help="patient or video of a case: as data.split.group_by")
     parser.add_argument(
         "--missing",
         choices=("error", "miss"),
         default="error",
-        help="a case without prediction: refuse (default), or count it as a miss",
+        help="a case without prediction: refuse (default), or count it as a miss and leave surplus predictions out",
     )
     parser.set_defaults(call=_call)
 

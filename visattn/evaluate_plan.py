@@ -1,0 +1,225 @@
+"""Which predicted mask belongs to which true one, and what the values in them mean: settled before anything is scored.
+
+Masks are paired by their path below the two folders, or by file stem alone where that pairs more and no stem stands
+twice. Names that differ as file systems and tools make them differ still pair: by suffix, by an ending that all masks
+of a folder share (`_mask`), by how an accent is composed.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from visattn.data.cases import LAYOUTS
+from visattn.errors import UserError, unknown
+from visattn.labels import Labels
+from visattn.predict_plan import find_images, shown
+from visattn.predict_record import MANIFEST
+from visattn.recipe import MAX_BYTES, read_yaml
+from visattn.scored import CASES, SUMMARY
+
+ENDINGS = ("_segmentation", "_mask", "_seg", "_pred", "_trans")
+"""Endings that masks carry in addition to the case's name: ISIC's, a common habit, and MONAI's `SaveImage`."""
+
+_VOLUMES = (".nii", ".nii.gz", ".mha", ".nrrd")
+_BLOCKS = ("labels", "regions", "ignore")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one case.
+
+    Attributes:
+        name: The case's name: its stem, or its path below the folder where stems alone do not tell cases apart.
+        truth: The true mask.
+        prediction: The predicted mask; None where there is none.
+        image: The image; None where it is not known.
+    """
+
+    name: str
+    truth: Path
+    prediction: Path | None
+    image: Path | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be scored, and what is wrong with the folders as such.
+
+    Attributes:
+        pairs: One for each true mask, by name.
+        extra: Predictions without a true mask.
+        problems: A line for each.
+    """
+
+    pairs: tuple[Pair, ...]
+    extra: tuple[Path, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the cases without prediction."""
+        return tuple(pair.name for pair in self.pairs if pair.prediction is None)
+
+
+def read_labels(path: Path) -> Labels:
+    """Read the recipe's labels block from a file: `background: 0` and so on, or {labels, regions, ignore}.
+
+    Raises:
+        UserError: There is no such file, it is no YAML mapping, or the labels are no good.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"--labels {shown(path)}: {path.stat().st_size} bytes are too many for labels")
+        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"--labels {shown(path)}: cannot be read: {reason}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--labels {shown(path)}: needs names with their values, as in background: 0 and polyp: 255")
+    if "class_path" in tree or "init_args" in tree or isinstance(tree.get("data"), dict):
+        raise UserError(
+            f"--labels {shown(path)}: is a recipe; copy the labels (and regions, ignore) of its data block to a file"
+        )
+    blocks = tree if isinstance(tree.get("labels"), dict) else {"labels": tree}
+    for key in blocks:
+        if key not in _BLOCKS:
+            raise unknown(f"key in {shown(path)}", str(key), _BLOCKS)
+    for key in ("regions", "ignore"):
+        if key in blocks["labels"]:
+            raise UserError(
+                f"--labels {shown(path)}: '{key}' stands among the names; with it, write\n"
+                "labels: {background: 0, polyp: 255}\n" + ("ignore: 128" if key == "ignore" else "regions: {...}")
+            )
+    try:
+        labels = Labels.from_config(**blocks)
+    except UserError as error:
+        raise UserError(f"--labels {shown(path)}: {error}") from None
+    if "mean" in labels.foreground:
+        raise UserError(f"--labels {shown(path)}: no class can be called 'mean', the name of the mean over classes")
+    return labels
+
+
+def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path) -> Plan:
+    """Pair the masks below two folders.
+
+    Args:
+        prediction: Folder of predicted masks. Results of `evaluate` in it are left out, and so are the probabilities
+            and overlays of `visattn predict`.
+        truth: Folder of true masks, or one that holds images/ and masks/, itself or in its folders.
+        images: Folder of images; default: those beside the true masks.
+        output: Where results go; left out when it lies inside.
+
+    Raises:
+        UserError: A folder does not exist or holds no mask, nothing pairs, or `prediction` is a run folder.
+    """
+    if (prediction / SUMMARY).is_file() and (prediction / "masks").is_dir():
+        raise UserError(f"{shown(prediction)}: is a run folder.\nName its masks: {shown(prediction / 'masks')}")
+    problems: list[str] = []
+    true = _keys(truth, output, "masks", problems)
+    predicted = _keys(prediction, output, "masks", problems)
+    pictures: dict[str, Path] = {}
+    if images is not None:
+        pictures = _keys(images, output, "images", problems)
+    elif any(_layout(path.parents[1]) for path in true.values()):
+        pictures = _keys(truth, output, "images", [])
+    stems = [_by_stem(keys) for keys in (true, predicted)]
+    clash = next((pair for _, pair in stems if pair), None)
+    if clash is None and len(stems[0][0].keys() & stems[1][0].keys()) > len(true.keys() & predicted.keys()):
+        true, predicted = stems[0][0], stems[1][0]
+        pictures = _by_stem(pictures)[0]
+    if not true.keys() & predicted.keys():
+        raise UserError(_nothing_pairs(prediction, truth, predicted, true, clash))
+    if images is not None and not true.keys() & pictures.keys():
+        raise UserError(f"--images {shown(images)}: holds no image of the name of a true mask in {shown(truth)}")
+    pairs = tuple(Pair(key, true[key], predicted.get(key), pictures.get(key)) for key in sorted(true))
+    extra = tuple(predicted[key] for key in sorted(predicted.keys() - true.keys()))
+    return Plan(pairs, extra, tuple(problems))
+
+
+def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[str, Path]:
+    """The files below `folder` by their path in it, without suffix, common ending and the name of a mask folder."""
+    try:
+        found = find_images([folder], output)
+    except UserError:
+        if folder.is_dir() and any(path.name.endswith(_VOLUMES) for path in folder.rglob("*")):
+            raise UserError(f"{shown(folder)}: volumes (NIfTI) cannot be scored yet, only image files.") from None
+        raise
+    written = (folder / MANIFEST).is_file()  # by visattn predict
+    keys: dict[str, list[Path]] = {}
+    for path, relative in found:
+        if written and relative.parts[0] in {"probabilities", "overlays"}:
+            continue
+        key = _without_layout(folder, relative, part)
+        if key is not None:
+            text = unicodedata.normalize("NFC", str(key.with_name(key.stem)))
+            keys.setdefault(text, []).append(path)
+    if not keys:
+        raise UserError(f"{shown(folder)}: no {part[:-1]} in this folder.")
+    for ending in ENDINGS if part == "masks" else ():
+        if all(key.endswith(ending) and PurePosixPath(key).name != ending for key in keys):
+            keys = {key.removesuffix(ending): paths for key, paths in keys.items()}
+            break
+    problems += [
+        f"{shown(paths[0])} and {shown(paths[1].name)}: the same stem twice; keep one of them"
+        for paths in keys.values()
+        if len(paths) > 1
+    ]
+    return {key: paths[0] for key, paths in keys.items()}
+
+
+def _without_layout(folder: Path, relative: PurePosixPath, part: str) -> PurePosixPath | None:
+    """`relative` without the names of mask (or image) folders; None for files that are not meant."""
+    kept: list[str] = []
+    place = folder
+    for name in relative.parts[:-1]:
+        layout = _layout(place)
+        place = place / name
+        if (place / CASES).is_file() and (place / SUMMARY).is_file():
+            return None  # the results of an evaluation, whose overlays are no masks
+        if layout is None:
+            kept.append(name)
+        elif name != layout[part]:
+            return None
+    if _layout(place):
+        return None  # a file beside images/ and masks/
+    return PurePosixPath(*kept, relative.name)
+
+
+def _layout(folder: Path) -> dict[str, str] | None:
+    for images, masks in LAYOUTS:
+        if (folder / images).is_dir() and (folder / masks).is_dir():
+            return {"images": images, "masks": masks}
+    return None
+
+
+def _by_stem(keys: Mapping[str, Path]) -> tuple[dict[str, Path], tuple[Path, Path] | None]:
+    """The files by stem alone, and two that share one."""
+    found: dict[str, Path] = {}
+    clash = None
+    for key, path in keys.items():
+        other = found.setdefault(PurePosixPath(key).name, path)
+        if other is not path:
+            clash = clash or (other, path)
+    return found, clash
+
+
+def _nothing_pairs(
+    prediction: Path, truth: Path, predicted: Iterable[str], true: Iterable[str], clash: tuple[Path, Path] | None
+) -> str:
+    lines = [
+        f"{shown(prediction)}: no file there has the name of a true mask in {shown(truth)}.",
+        f"Predicted: {few(sorted(predicted))}",
+        f"True: {few(sorted(true))}",
+    ]
+    if clash is not None:
+        lines.append(
+            f"Stems alone cannot pair them: {shown(clash[0])} and {shown(clash[1])} share one. "
+            "Give both folders the same subfolders."
+        )
+    return "\n".join(lines)
+
+
+def few(names: Sequence[str], count: int = 4) -> str:
+    """The first names, on one line."""
+    return ", ".join(shown(name)[:80] for name in names[:count]) + (", ..." if len(names) > count else "")
