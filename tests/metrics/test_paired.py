@@ -43,7 +43,7 @@ def test_a_difference_that_is_known():
     run = table({"dice": [0.6, 0.6, 0.9, 0.7]})
     entry = only(baseline, run)
     assert (entry.name, entry.metric) == ("polyp", "dice")
-    assert (entry.baseline, entry.run, entry.difference) == pytest.approx((0.65, 0.7, 0.05))
+    assert (entry.baseline_mean, entry.run_mean, entry.difference) == pytest.approx((0.65, 0.7, 0.05))
     assert (entry.wins, entry.ties, entry.losses) == (2, 1, 1)
     assert (entry.pairs, entry.filled, entry.undefined, entry.groups) == (4, 0, 0, 4)
     assert (entry.low, entry.high) == pytest.approx(bootstrap_interval([0.1, 0.0, 0.2, -0.1]))
@@ -97,10 +97,10 @@ def test_swapping_the_runs_negates_everything():
     for entry, mirror in zip(there, back, strict=True):
         assert entry.difference == pytest.approx(-mirror.difference)
         assert (entry.low, entry.high) == pytest.approx((-mirror.high, -mirror.low))
-        assert (entry.baseline, entry.run) == (mirror.run, mirror.baseline)
+        assert (entry.baseline_mean, entry.run_mean) == (mirror.run_mean, mirror.baseline_mean)
         assert (entry.wins, entry.losses, entry.ties) == (mirror.losses, mirror.wins, mirror.ties)
         assert (entry.p, entry.p_holm) == (mirror.p, mirror.p_holm)
-        assert entry.run - entry.baseline == pytest.approx(entry.difference)
+        assert entry.run_mean - entry.baseline_mean == pytest.approx(entry.difference)
     dice, distance = there[0], there[3]
     assert (dice.difference, dice.p) != (distance.difference, distance.p), "filled with 1 and with 0"
 
@@ -139,7 +139,7 @@ def test_a_false_alarm_is_not_lost_because_the_other_run_is_undefined():
     assert (dice.pairs, dice.filled, dice.undefined) == (4, 2, 1)
     assert dice.difference == pytest.approx((0 + 0.1 - 1 + 1) / 4)
     assert (dice.wins, dice.ties, dice.losses) == (2, 1, 1)
-    assert (dice.baseline, dice.run) == pytest.approx((2.6 / 4, 2.7 / 4))
+    assert (dice.baseline_mean, dice.run_mean) == pytest.approx((2.6 / 4, 2.7 / 4))
     assert (empty.difference, empty.pairs, empty.undefined) == (0, 3, 2)
     assert (empty.wins, empty.ties, empty.losses) == (1, 1, 1)
 

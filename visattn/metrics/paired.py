@@ -42,9 +42,9 @@ class Difference:
     Attributes:
         name: The class, or "mean" for the mean of the classes' means.
         metric: A key of `METRICS`.
-        baseline: The baseline's mean over the pairs.
-        run: The run's mean over the pairs.
-        difference: `run` - `baseline`; NaN without pairs.
+        baseline_mean: The baseline's mean over the pairs.
+        run_mean: The run's mean over the pairs.
+        difference: `run_mean` - `baseline_mean`; NaN without pairs.
         low: Lower end of the confidence interval of the difference; NaN with fewer than two groups.
         high: Upper end.
         p: Of the sign-flip test, two-sided; NaN with fewer than two groups.
@@ -61,8 +61,8 @@ class Difference:
 
     name: str
     metric: str
-    baseline: float
-    run: float
+    baseline_mean: float
+    run_mean: float
     difference: float
     low: float
     high: float
@@ -215,8 +215,8 @@ def _difference(
     return Difference(
         name=name,
         metric=metric,
-        baseline=mean_of_means(first),
-        run=mean_of_means(second),
+        baseline_mean=mean_of_means(first),
+        run_mean=mean_of_means(second),
         difference=mean_of_means(differences),
         low=low,
         high=high,

@@ -1,0 +1,59 @@
+"""`visattn compare`: read, compare, print, write."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from visattn.compare.page import write_page
+from visattn.compare.result import Result, compare
+from visattn.compare.runs import read_runs
+from visattn.compare.show import show
+from visattn.errors import UserError
+from visattn.files import write_text_atomic
+from visattn.scored import CASES, SUMMARY
+
+
+def compare_runs(folders: Sequence[Path], output: Path | None = None, as_json: bool = False) -> int:
+    """Compare runs with the first of them, case by case, and print the table.
+
+    Args:
+        folders: Scored folders: run folders, evaluations in them, outputs of `visattn evaluate`, runs with folds.
+        output: Where to write `compare.json`, `compare.csv` and `report.html` with plot and overlays; default: nowhere.
+        as_json: Print the content of `compare.json` instead of the table.
+
+    Returns:
+        The exit code 0.
+
+    Raises:
+        UserError: The runs cannot be compared, or `output` cannot be written.
+    """
+    if output is not None:
+        _check_output(output)
+    result = compare(read_runs(folders))
+    if as_json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        show(result)
+    if output is not None:
+        _write(result, output)
+        print(f"written: {output}", file=sys.stderr if as_json else sys.stdout)
+    return 0
+
+
+def _check_output(output: Path) -> None:
+    if (output / CASES).exists() or (output / SUMMARY).exists() or (output / "config.yaml").exists():
+        raise UserError(f"--output {output}: holds a run or its scores, whose report would be replaced. Name another.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be created: {error.strerror}.") from error
+
+
+def _write(result: Result, output: Path) -> None:
+    try:
+        write_text_atomic(output / "compare.json", json.dumps(result.to_json(), indent=2) + "\n")
+        write_text_atomic(output / "compare.csv", result.to_csv())
+        write_page(result, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error.strerror}.") from error

@@ -1,0 +1,101 @@
+"""A comparison on the terminal."""
+
+import math
+from typing import Any
+
+from visattn.compare.result import Result
+from visattn.compare.runs import printable
+from visattn.metrics import METRICS
+from visattn.metrics.paired import Difference
+
+HEADLINE = ("dice", "iou", "hd95", "nsd", "fpr_empty")
+"""Measures on the terminal; files hold all."""
+_WIDTH = 100  # columns that the widest table needs
+
+
+def show(result: Result) -> None:
+    """Print a table of differences for each run, and what has to be known about them."""
+    from rich.console import Console
+
+    # A narrow terminal breaks lines rather than loses digits.
+    console = Console(markup=False, highlight=False)
+    console.width = max(console.width, _WIDTH)
+    cases, groups = len(result.baseline.table.cases), result.groups
+    about = f"{groups} groups" if groups != cases else "each its own group"
+    console.print(f"baseline: {printable(result.baseline.name)}   ({cases} cases, {about})", soft_wrap=True)
+    for index, run in enumerate(result.runs):
+        console.print(f"run:      {printable(run.name)}", soft_wrap=True)
+        console.print(_table(result, index))
+    for note in result.notes:
+        console.print(f"- {printable(note, 400)}", soft_wrap=True)
+    console.print(
+        "Difference: run - baseline, 95 % interval by bootstrap over groups. p: sign-flip test over groups"
+        + (", Holm: corrected within each measure. " if _several(result) else ". ")
+        + "Name the measure you judge by before you look.",
+        soft_wrap=True,
+    )
+
+
+def number(value: float, metric: str, signed: bool = False) -> str:
+    """A value of a measure: four digits, for pixels one."""
+    if not math.isfinite(value):
+        return "\u2013"
+    digits = 1 if METRICS[metric].unit else 4
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.replace("-", "\u2212") if float(text) else text.lstrip("+-")
+
+
+def interval(entry: Difference) -> str:
+    """The interval of a difference."""
+    if not (math.isfinite(entry.low) and math.isfinite(entry.high)):
+        return "\u2013"
+    return f"{number(entry.low, entry.metric, True)} to {number(entry.high, entry.metric, True)}"
+
+
+def p_value(p: float) -> str:
+    """A p value: four digits."""
+    if not math.isfinite(p):
+        return "\u2013"
+    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
+
+
+def arrow(metric: str) -> str:
+    """Where better values are."""
+    return "\u2191" if METRICS[metric].higher_is_better else "\u2193"
+
+
+def _several(result: Result) -> bool:
+    return any(entry.family > 1 for found in result.differences for entry in found)
+
+
+def _table(result: Result, run: int) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    classes = len(result.baseline.table.classes) > 1
+    several = _several(result)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    if classes:
+        table.add_column("class", overflow="fold")
+    for name in ("baseline", "run", "difference", "95 % interval", "p", *(["Holm"] if several else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("win/tie/loss", justify="right", no_wrap=True)
+    for entry in result.differences[run]:
+        # Of several classes Dice alone is shown one by one: the table stays short enough to be read.
+        if entry.metric not in HEADLINE or not entry.pairs or (entry.name != result.overall and entry.metric != "dice"):
+            continue
+        cells = [f"{entry.metric} {arrow(entry.metric)}"]
+        if classes:
+            cells.append(printable(entry.name))
+        cells += [
+            number(entry.baseline_mean, entry.metric),
+            number(entry.run_mean, entry.metric),
+            number(entry.difference, entry.metric, True),
+            interval(entry),
+            p_value(entry.p),
+        ]
+        cells += [p_value(entry.p_holm)] if several else []
+        table.add_row(*(Text(cell) for cell in [*cells, f"{entry.wins}/{entry.ties}/{entry.losses}"]))
+    return table
