@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from visattn.errors import UserError, nearest
 from visattn.files import write_bytes_atomic, write_text_atomic
+from visattn.folds_file import has_folds, read_folds
 
 FORMAT = 1
 KEY = "visattn"  # the entry of the .ckpt that is ours; all others belong to Lightning
@@ -175,6 +176,11 @@ def find_checkpoint(path: Path | str) -> Path:
         best = path / "checkpoints" / "best.ckpt"
         if best.is_file():
             return best
+        if has_folds(path):
+            raise UserError(
+                f"{path}: a run with {read_folds(path).count} folds, not one checkpoint.\n"
+                "Give the run folder of one fold, such as its fold-0; predict and visattn.load take all folds together."
+            )
         raise UserError(
             f"{path}: a folder, not a checkpoint.\nGive a .ckpt or .safetensors file, or a run folder that holds "
             "checkpoints/best.ckpt."

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from visattn.checkpoint import library_versions, read_checkpoint
+from visattn.checkpoint import library_versions
 from visattn.data.images import prepare, read_image
 from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
@@ -31,7 +31,7 @@ from visattn.labels import Labels
 from visattn.overlay import draw_overlay, encode_png, foreground_masks
 from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases, shown
 from visattn.predict_record import MANIFEST, TABLE, Entry, Record, file_hash
-from visattn.predictor import Predictor, find_device, parse_checkpoint
+from visattn.predictor import Predictor, find_device, parse_checkpoint, read_members
 from visattn.progress import Bar
 
 RULES = 1  # raise it when the same weights and settings begin to give other files
@@ -68,7 +68,7 @@ def predict_folder(
 
     Args:
         inputs: Image files, and folders that are searched with their subfolders.
-        checkpoint: What `read_checkpoint` takes.
+        checkpoint: What `visattn.load` takes.
         output: Mirrors the input folders. Masks are PNG with the recipe's label values at the image's own size, upright
             as its EXIF entry says; `predictions.csv` and `manifest.json` lie beside them.
         probabilities: Also write 16-bit PNG (65535 is 1) to `probabilities/`, one for each class when several.
@@ -92,15 +92,20 @@ def predict_folder(
     images = find_images([Path(given) for given in inputs], output)
     place = find_device(device)
     with output_folder(output) as case_sensitive:
-        content = read_checkpoint(checkpoint)
+        members = read_members(checkpoint)
+        content = members[0]
         labels = parse_checkpoint(content)[0]
         if labels.activation == "softmax" and threshold != 0.5:
             raise UserError("--threshold: this network tells several classes apart, and the largest probability wins.")
         cases = plan_cases(images, output, labels, probabilities, overlays, case_sensitive)
-        settings = {"weights": content.sha256, "threshold": threshold, "tta": tta, "rules": RULES}
+        hashes = [member.sha256 for member in members]
+        weights = hashes if len(hashes) > 1 else hashes[0]
+        settings = {"weights": weights, "threshold": threshold, "tta": tta, "rules": RULES}
         about = {
             "versions": library_versions(),
-            "checkpoint": {"path": str(content.path), "sha256": content.sha256},
+            "checkpoint": {"path": str(content.path), "sha256": content.sha256}
+            if len(members) == 1
+            else {"path": str(checkpoint), "folds": [{"path": str(m.path), "sha256": m.sha256} for m in members]},
             "recipe": content.recipe,
             "labels": content.labels,
             "training_data": content.data,
@@ -109,7 +114,7 @@ def predict_folder(
         record = Record(output, settings, about, fresh=overwrite)
         todo = record.unfinished(cases, overwrite)
         check_space(todo, output, labels.channels)
-        predictor = Predictor(content, device) if todo else None
+        predictor = Predictor(members, device) if todo else None
         failed = 0
         try:
             record.start(todo)

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 from visattn.checkpoint import Checkpoint, build_network, read_checkpoint
 from visattn.data.images import Preprocessing, prepare, read_image
 from visattn.errors import UserError, unknown
+from visattn.folds_file import has_folds, read_folds
 from visattn.inference import TestTimeAugmentation, iter_probabilities
 from visattn.labels import Labels
 
@@ -23,33 +24,52 @@ ImageLike = Path | str | Image.Image | NDArray[np.uint8]
 
 
 class Predictor:
-    """A network with what it needs to be used: labels, preprocessing, recipe.
+    """A network with what it needs to be used: labels, preprocessing, recipe; or the networks of several folds.
+
+    Several networks give the mean of their probabilities.
 
     Args:
-        checkpoint: What `read_checkpoint` returns.
+        checkpoints: What `read_checkpoint` or `read_members` returns.
         device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Attributes:
         labels: What the values of a mask mean.
         preprocessing: Size and normalisation of the network's input.
-        recipe: The resolved recipe it was trained with.
-        network: The module, in eval mode, on the device.
+        recipe: The resolved recipe it was trained with (that of the first fold).
+        networks: The modules, in eval mode, on the device; one, or one for each fold.
         threshold: Probability from which a binary or region output is foreground.
 
     Raises:
         UserError: The checkpoint does not fit this version, or the device is not there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto") -> None:
+    def __init__(self, checkpoints: Checkpoint | Sequence[Checkpoint], device: str = "auto") -> None:
         self.device = find_device(device)
-        self.checkpoint = checkpoint
-        self.labels, self.preprocessing, self.threshold = parse_checkpoint(checkpoint)
-        self.recipe = checkpoint.recipe
-        network = build_network(checkpoint)
+        self.checkpoints = (checkpoints,) if isinstance(checkpoints, Checkpoint) else tuple(checkpoints)
+        _check_members(self.checkpoints)
+        self.labels, self.preprocessing, self.threshold = parse_checkpoint(self.checkpoints[0])
+        self.recipe = self.checkpoints[0].recipe
+        networks = [build_network(checkpoint) for checkpoint in self.checkpoints]
         try:
-            self.network = network.to(self.device)
+            self.networks: tuple[nn.Module, ...] = tuple(network.to(self.device) for network in networks)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             raise UserError(f"--device {device}: {str(error).splitlines()[0]}\nTry --device cpu.") from error
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint, the first one of several folds."""
+        return self.checkpoints[0]
+
+    @property
+    def network(self) -> nn.Module:
+        """The network.
+
+        Raises:
+            UserError: There are several, one for each fold; see `networks`.
+        """
+        if len(self.networks) > 1:
+            raise UserError(f"this predictor has {len(self.networks)} networks, one for each fold: use networks")
+        return self.networks[0]
 
     def predict(self, image: ImageLike, tta: TestTimeAugmentation = "none") -> NDArray[Any]:
         """The mask of one image: the recipe's label values (H, W), uint8 or uint16, at the image's own size.
@@ -73,7 +93,10 @@ class Predictor:
     ) -> Iterator[NDArray[np.float32]]:
         """Probabilities of images (C, h, w) that went through `prepare`, one at a time, at the given sizes."""
         batch = torch.stack(list(prepared)).to(self.device)
-        return iter_probabilities(self.network, batch, sizes, self.labels.activation, tta)
+        members = [iter_probabilities(n, batch, sizes, self.labels.activation, tta) for n in self.networks]
+        for maps in zip(*members, strict=True):
+            # In the order of the folds, in float32; one network's map is divided by 1, which changes no bit.
+            yield sum(maps[1:], start=maps[0]) / np.float32(len(maps))
 
     def _as_array(self, image: ImageLike) -> NDArray[np.uint8]:
         channels = self.preprocessing.channels
@@ -95,7 +118,8 @@ class Predictor:
         return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], channels)))
 
     def __repr__(self) -> str:
-        name = self.checkpoint.network.get("name")
+        count = len(self.networks)
+        name = f"{self.checkpoint.network.get('name')}{f' x {count} folds' if count > 1 else ''}"
         return f"Predictor({name}, labels={list(self.labels.names)}, size={self.preprocessing.size}, {self.device})"
 
 
@@ -103,14 +127,49 @@ def load(checkpoint: Path | str, device: str = "auto") -> Predictor:
     """Load a trained network.
 
     Args:
-        checkpoint: A `.ckpt` of a run, a run folder (its best checkpoint), or a `.safetensors` from
-            `visattn export-weights`.
+        checkpoint: A `.ckpt` of a run, a run folder (its best checkpoint), a `.safetensors` from
+            `visattn export-weights`, or a run with folds (the mean of the folds' probabilities).
         device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Raises:
         UserError: The checkpoint is damaged or does not fit this version, or the device is not there.
     """
-    return Predictor(read_checkpoint(checkpoint), device)
+    return Predictor(read_members(checkpoint), device)
+
+
+def read_members(checkpoint: Path | str) -> tuple[Checkpoint, ...]:
+    """The checkpoints that predict together: the best of every fold of a run with folds, else the one there is.
+
+    Raises:
+        UserError: One is missing or damaged, or they do not belong together.
+    """
+    path = Path(checkpoint)
+    if not has_folds(path):
+        return (read_checkpoint(path),)
+    members = tuple(read_checkpoint(file) for file in read_folds(path).checkpoints())
+    _check_members(members)
+    return members
+
+
+def _check_members(members: Sequence[Checkpoint]) -> None:
+    """Refuse networks whose probabilities mean different things."""
+    first = members[0]
+    for other in members[1:]:
+        for key in ("task", "labels", "preprocessing", "network", "postprocessing"):
+            if getattr(other, key) != getattr(first, key):
+                raise UserError(
+                    f"{other.path}: its {key} differ{'s' if key in ('task', 'network') else ''} from those of "
+                    f"{first.path}: {_difference(getattr(other, key), getattr(first, key))}.\n"
+                    "Folds predict together only if they were trained with one recipe. Give one fold's run folder."
+                )
+
+
+def _difference(value: Any, other: Any) -> str:
+    """Two values that differ, as short as they can be told."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        key = next(key for key in sorted({*value, *other}) if value.get(key) != other.get(key))
+        return f"{key}: {_difference(value.get(key), other.get(key))}"
+    return f"{value!s:.60} and {other!s:.60}"
 
 
 def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing, float]:

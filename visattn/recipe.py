@@ -14,6 +14,7 @@ import yaml
 
 from visattn.data import DATA
 from visattn.errors import UserError, nearest, unknown
+from visattn.folds_file import CONFIG, has_folds, read_folds
 
 TASKS = {"SegmentationTask": "visattn.task.SegmentationTask"}
 CALLBACKS = {
@@ -29,6 +30,8 @@ CALLBACKS = {
     )
 }
 TOP_LEVEL = ("seed_everything", "model", "data", "trainer")
+SHORT = {"data.folds": "data.split.folds", "data.group_by": "data.split.group_by"}
+"""Keys that may be written shorter on the command line."""
 MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistake or an attack
 MAX_DEPTH = 20  # nesting; far beyond any recipe, far below Python's recursion limit
 
@@ -142,7 +145,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[list[str], Any]]:
             if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
                 raise UserError(f"--{name}: needs a value")
             value = rest.pop(0)
-        overrides.append((name.split("."), _override_value(name, value)))
+        overrides.append((SHORT.get(name, name).split("."), _override_value(name, value)))
     return overrides
 
 
@@ -268,7 +271,7 @@ def resolve(configs: Sequence[str], arguments: Sequence[str]) -> tuple[str, dict
     for config in configs:
         path = find_recipe(config)
         tree = merge(tree, load_recipe(path))
-        name = path.stem
+        name = _recipe_name(path)
     for keys, value in parse_overrides(arguments):
         apply_override(tree, keys, value)
     check(tree)
@@ -276,6 +279,14 @@ def resolve(configs: Sequence[str], arguments: Sequence[str]) -> tuple[str, dict
         short = class_name(section, tree[section]["class_path"], table)
         tree[section] = {"class_path": table[short], "init_args": dict(tree[section].get("init_args") or {})}
     return name, tree
+
+
+def _recipe_name(path: Path) -> str:
+    """The recipe's name: that of its file, or, for the `config.yaml` of a run with folds, of the recipe that it was."""
+    for folder in (path.parent, path.parent.parent):
+        if path.name == CONFIG and has_folds(folder):
+            return read_folds(folder).recipe
+    return path.stem
 
 
 def describe_recipes() -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from typing import Any
 RECIPE_HELP = """\
 Every key of the recipe can be set after the options, for example
   --data.root DIR  --model.network.backbone convnext_tiny  --trainer.devices 2  --trainer.max_epochs 20
+--data.folds N and --data.group_by EXPR are short for --data.split.folds and --data.split.group_by.
 --print_config prints the complete recipe with every key and its value."""
 
 
@@ -38,6 +39,13 @@ def add(commands: Any) -> None:
             if name == "fit"
             else "best (default), last or a file"
         )
+        if name == "fit":
+            parser.add_argument(
+                "--folds",
+                metavar="all|0,2",
+                help="cross-validation: train all folds (data.split.folds, default 5) or some, one run for each; "
+                "with --ckpt_path last: finished ones are kept, the others go on",
+            )
         parser.add_argument("--ckpt_path", metavar="CKPT", help=what)
         parser.add_argument("--run", metavar="DIR", help="run folder (default: runs/<recipe>/<time>, or the newest)")
         parser.add_argument("--print_config", action="store_true", help="print the complete recipe and stop")
@@ -48,6 +56,10 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from visattn.recipe import resolve
 
     name, tree = resolve(options.config, rest)  # a mistake in the recipe is told before torch is imported
+    if getattr(options, "folds", None) is not None:
+        from visattn.folds import fit_folds
+
+        return fit_folds(options.folds, name, tree, options.ckpt_path, options.run, options.print_config)
     from visattn.fit import run_stage
 
     return run_stage(options.command, name, tree, options.ckpt_path, options.run, options.print_config)
