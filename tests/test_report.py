@@ -101,7 +101,10 @@ def test_everything_stands_in_one_file(run):
     line = next(part for part in page.words.split("\u2191") if part.lstrip().startswith("0.500"))
     assert line.split()[4:6] == ["3", "1"], "3 cases, 1 undefined"
     assert page.tags.count("img") == 4
-    order = [page.words.index(text) for text in ("Worst", "a Dice 0.250", "d Dice 0.500", "Best", "b Dice 0.750")]
+    order = [
+        page.words.index(text)
+        for text in ("Lowest Dice", "a Dice 0.250", "d Dice 0.500", "Highest Dice", "b Dice 0.750")
+    ]
     assert order == sorted(order)
 
 

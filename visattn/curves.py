@@ -78,13 +78,14 @@ def write_curves(run_dir: Path | str) -> Path | None:
                           markeredgewidth=1.8)  # fmt: skip
         if lines is scores:
             axes.set_ylim(-0.02, 1.02)
-        axes.set_title(title, fontsize=11, loc="left", fontweight="bold")
+        # Above the axes, whatever the lines do: no corner is free in every training.
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=2, borderpad=0.2)
+        axes.set_title(title, fontsize=11, loc="left", fontweight="bold", pad=24)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=9, loc="lower right" if lines is scores else "upper right")
     path = run_dir / "curves.png"
     with atomic_write(path) as temporary:
         # Without the entry that names the library's version, equal numbers give equal files.

@@ -1,41 +1,33 @@
-"""The report of a run: one HTML file that needs no network, made from the run folder alone.
+"""The content of a report: what a scored folder holds, turned into what the template shows."""
 
-It reads `summary.json`, `cases.csv`, `metrics.csv`, `config.yaml`, `overlays/` and `curves.png`, each of them optional,
-and imports no model. Whatever comes from files (case names, class names, the recipe) is escaped by the template engine,
-and a content policy in the page forbids scripts and outside addresses even if something slipped through.
-"""
-
-import base64
-import io
-import math
 import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
 
 from visattn import NOTICE, __version__
-from visattn.curves import read_metrics, write_curves
+from visattn.curves import read_metrics
 from visattn.errors import UserError
 from visattn.files import write_bytes_atomic
+from visattn.folds_file import has_folds, read_folds
+from visattn.labels import Labels
 from visattn.metrics import METRICS, Summary, summarise
+from visattn.overlay import CLASSES
+from visattn.report.page import page_environment, picture_uri, score
+from visattn.report.pixels import Calibration, Confusion, read_calibration, read_confusion
 from visattn.scored import AGAIN, CASES, SUMMARY, Row, read_cases, read_summary, safe_name
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-__all__ = ["page_environment", "picture_uri", "write_curves", "write_report"]
-
-KINDS = {"worst": "Worst", "median": "Median", "best": "Best"}
-WIDEST = 1100  # pixels; wider pictures are made smaller, so that a report stays a few megabytes
+KINDS = {"worst": "Lowest Dice", "median": "In the middle", "best": "Highest Dice"}
 BINS = 20
+CAPTION = 6  # classes whose scores stand below a picture
+LOW = 0.5  # a Dice below it is called out
 SPLITS = {"val": "validation", "test": "test", "train": "training"}
+STAGES = ("validate", "test")  # folders of evaluations within a run folder
 
 
 @dataclass(frozen=True)
@@ -58,6 +50,7 @@ class Section:
         headline: The rows of the large figures.
         cases: How many cases.
         groups: How many groups they come from.
+        low: How many cases have a mean Dice below `LOW`, of how many that have one.
         classes: Where there are several: name, Dice and IoU of each.
         histogram: Cases for each of `BINS` intervals of Dice from 0 to 1.
     """
@@ -67,15 +60,31 @@ class Section:
     headline: list[Summary]
     cases: int
     groups: int
+    low: tuple[int, int]
     classes: list[tuple[str, Summary, Summary]]
     histogram: list[int]
 
 
+@dataclass(frozen=True)
+class Fold:
+    """One fold of a run with folds.
+
+    Attributes:
+        name: Its folder.
+        dice: Its Dice on its own validation cases, the mean of the classes where there are several; None before that.
+        report: Whether it has a report of its own.
+    """
+
+    name: str
+    dice: Summary | None
+    report: bool
+
+
 def write_report(run_dir: Path | str) -> Path | None:
-    """Write `report.html` into a run folder.
+    """Write `report.html` into a scored folder.
 
     Args:
-        run_dir: A run folder, or the folder of one evaluation in it.
+        run_dir: A run folder, the folder of one evaluation in it, the output of `visattn evaluate`, a run with folds.
 
     Returns:
         The file written; None, after a line on stderr, where the extra `report` is not installed.
@@ -97,22 +106,32 @@ def write_report(run_dir: Path | str) -> Path | None:
     config = run_dir / "config.yaml"
     curves = run_dir / "curves.png"
     epochs = read_metrics(run_dir / "metrics.csv").get("epoch", {})
+    labels = _labels(summary)
+    confusion, calibration = _pixels(summary, run_dir / SUMMARY)
     content = environment.get_template("report.html").render(
         notice=NOTICE,
         version=__version__,
         kind="report",
-        title=str(summary.get("recipe") or run_dir.resolve().name),
-        folder=run_dir.resolve().name,
-        summary=summary,
+        title=_title(summary, run_dir),
+        folder=_place(run_dir),
+        evaluated=summary.get("prediction") is not None,
+        trained=bool(summary.get("checkpoint") or summary.get("folds")),
         sections=[_section(split, of_split) for split, of_split in _by_split(rows).items()],
         metrics=METRICS,
         bins=BINS,
+        threshold=LOW,
+        confusion=confusion,
+        calibration=calibration,
+        folds=_folds(run_dir),
         facts=_facts(summary, epochs),
         data=data,
+        labels=labels,
+        colours=_colours(labels),
         phantom="phantom" in str(data["description"]).lower(),
         versions=summary.get("versions") if isinstance(summary.get("versions"), dict) else {},
         curves=picture_uri(curves, photograph=False) if curves.is_file() else None,
         overlays=_overlays(run_dir / "overlays", rows),
+        kinds=KINDS,
         recipe=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
     )  # fmt: skip
     path = run_dir / "report.html"
@@ -120,39 +139,69 @@ def write_report(run_dir: Path | str) -> Path | None:
     return path
 
 
-def page_environment() -> "Environment | None":
-    """Templates of pages, everything escaped; None where the extra `report` is not installed.
+def _title(summary: Mapping[str, Any], run_dir: Path) -> str:
+    if summary.get("recipe"):
+        return str(summary["recipe"])
+    if isinstance(summary.get("prediction"), str):
+        return Path(summary["prediction"]).name
+    return run_dir.resolve().name
 
-    Pages extend `_base.html`, which needs `title`, `kind` (report, comparison), `version` and `notice`, and take pieces
-    from `_macros.html`. Filters: `score(unit)` for a number, `interval` for a `Summary`.
-    """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
+
+def _place(run_dir: Path) -> str:
+    path = run_dir.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name in STAGES else path.name
+
+
+def _labels(summary: Mapping[str, Any]) -> Labels | None:
+    config = summary.get("labels")
+    if config is None:
         return None
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-    )
-    environment.filters["score"] = _score
-    environment.filters["interval"] = _interval
-    return environment
+    try:
+        return Labels.from_config(**config)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{SUMMARY}: its labels mean nothing: {str(error).splitlines()[0]}\n{AGAIN}") from error
 
 
-def _score(value: float | None, unit: str = "") -> str:
-    if value is None or not math.isfinite(value):
-        return "\u2013"
-    return f"{value:.1f}\u00a0{unit}" if unit else f"{value:.3f}"
+def _colours(labels: Labels | None) -> list[tuple[str, str]]:
+    """Where outlines have the colours of several classes: name and colour of each."""
+    if labels is None or len(labels.foreground) < 2:
+        return []
+    return [
+        (name, "#{:02x}{:02x}{:02x}".format(*CLASSES[number % len(CLASSES)]))
+        for number, name in enumerate(labels.foreground)
+    ]
 
 
-def _interval(entry: Summary) -> str:
-    digits = 1 if METRICS[entry.metric].unit else 3
-    if not (math.isfinite(entry.low) and math.isfinite(entry.high)):
-        return "\u2013"
-    return f"{entry.low:.{digits}f}\u2009\u2013\u2009{entry.high:.{digits}f}"
+def _pixels(summary: Mapping[str, Any], path: Path) -> tuple[Confusion | None, Calibration | None]:
+    try:
+        return (
+            read_confusion(summary["confusion"]) if summary.get("confusion") else None,
+            read_calibration(summary["calibration"]) if summary.get("calibration") else None,
+        )
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: confusion or calibration has another form: {error}.\n{AGAIN}") from error
+
+
+def _folds(run_dir: Path) -> list[Fold]:
+    if not has_folds(run_dir):
+        return []
+    folds = read_folds(run_dir)
+    found = []
+    for number, name in enumerate(folds.names):
+        run = folds.run(number)
+        dice = None
+        if (run / CASES).is_file():
+            entries = [entry for entry in _summarised(read_cases(run / CASES)) if entry.metric == "dice"]
+            dice = entries[-1] if entries else None  # the mean of several classes comes last
+        found.append(Fold(name, dice, (run / "report.html").is_file()))
+    return found
+
+
+def _summarised(rows: Sequence[Row]) -> list[Summary]:
+    try:
+        return summarise(rows)
+    except ValueError as error:
+        raise UserError(f"{CASES}: {error}.\n{AGAIN}") from error
 
 
 def _duration(seconds: float) -> str:
@@ -170,10 +219,7 @@ def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _section(split: str, rows: Sequence[Row]) -> Section:
-    try:
-        entries = summarise(rows)
-    except ValueError as error:
-        raise UserError(f"{CASES}: {error}.\n{AGAIN}") from error
+    entries = _summarised(rows)
     classes = list(dict.fromkeys(entry.name for entry in entries))
     several = len({row["class"] for row in rows}) > 1
     if several:  # summarise puts the mean last
@@ -188,11 +234,23 @@ def _section(split: str, rows: Sequence[Row]) -> Section:
     groups = {row["group"] or row["case"] for row in rows}
     cases = {(row["group"], row["case"]) for row in rows}
     name = SPLITS.get(split, split)
-    return Section(name, tables, headline, len(cases), len(groups), overview, histogram.tolist())
+    return Section(name, tables, headline, len(cases), len(groups), _low(rows), overview, histogram.tolist())
+
+
+def _low(rows: Sequence[Row]) -> tuple[int, int]:
+    scores: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        dice = float(row.get("dice") or "nan")
+        if np.isfinite(dice):
+            scores.setdefault((row["group"], row["case"]), []).append(dice)
+    return sum(float(np.mean(values)) < LOW for values in scores.values()), len(scores)
 
 
 def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str, str]:
     facts: dict[str, str] = {}
+    for key, name in (("prediction", "Predicted masks"), ("truth", "True masks")):
+        if summary.get(key):
+            facts[name] = str(summary[key])
     if summary.get("checkpoint"):
         facts["Checkpoint"] = str(summary["checkpoint"])
     best = summary.get("best_epoch")
@@ -205,35 +263,6 @@ def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str,
     return facts
 
 
-def picture_uri(source: Path | NDArray[np.uint8], photograph: bool) -> str | None:
-    """A picture for a page as a data URI, the only address that its policy allows.
-
-    Args:
-        source: A PNG file, or RGB pixels (H, W, 3).
-        photograph: Whether it may become a JPEG of at most `WIDEST` pixels, as overlays should; drawings stay sharp.
-
-    Returns:
-        The URI; None if the file cannot be read.
-    """
-    try:
-        if isinstance(source, Path):
-            with Image.open(source, formats=["PNG"]) as image:
-                picture = image.convert("RGB")
-        else:
-            picture = Image.fromarray(source)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    data, kind = io.BytesIO(), "png"
-    if photograph:  # without colour subsampling, which smears thin outlines
-        if picture.width > WIDEST:
-            picture = picture.resize((WIDEST, round(picture.height * WIDEST / picture.width)), Image.Resampling.LANCZOS)
-        kind = "jpeg"
-        picture.save(data, "JPEG", quality=88, subsampling=0)  # optimize=True fails on noisy pictures
-    else:
-        picture.save(data, "PNG", optimize=True)
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
-
-
 def _overlays(folder: Path, rows: Sequence[Row]) -> dict[str, list[Overlay]]:
     """The pictures of each kind: `worst-1-NAME.png` and so on, in the order of their numbers."""
     found: dict[str, list[tuple[int, Overlay]]] = {kind: [] for kind in KINDS}
@@ -244,12 +273,15 @@ def _overlays(folder: Path, rows: Sequence[Row]) -> dict[str, list[Overlay]]:
             continue
         kind, number, name = parts.groups()
         of_case = _rows_of(name, rows)
-        scores = "; ".join(
+        scores = [
             (f"{row['class']}: " if len(of_case) > 1 else "")
-            + ", ".join(f"{METRICS[key].title} {_score(float(row[key]))}" for key in ("dice", "iou") if row.get(key))
+            + ", ".join(f"{METRICS[key].title} {score(float(row[key]))}" for key in ("dice", "iou") if row.get(key))
             for row in of_case
-        )
-        found[kind].append((int(number or 0), Overlay(kind, of_case[0]["case"] if of_case else name, scores, uri)))
+            if row.get("dice")
+        ]
+        more = len(scores) - CAPTION
+        below = "; ".join([*scores[:CAPTION], *([f"and {more} classes more"] if more > 0 else [])])
+        found[kind].append((int(number or 0), Overlay(kind, of_case[0]["case"] if of_case else name, below, uri)))
     return {
         kind: [overlay for _, overlay in sorted(entries, key=lambda entry: entry[0])]
         for kind, entries in found.items()
