@@ -177,9 +177,10 @@ def score_pair(pair: Pair, labels: Labels, measure: bool = True) -> Scores | str
     """
     try:
         truth, _ = _read(pair.truth, labels)
-        predicted, rounded = (
-            (np.zeros_like(truth), False) if pair.prediction is None else _read(pair.prediction, labels)
-        )
+        predicted, rounded = np.zeros_like(truth), False
+        if pair.prediction is not None:
+            predicted, values = _read(pair.prediction, labels)
+            rounded = not _named(labels).issuperset(np.flatnonzero(np.bincount(values.ravel())).tolist())
         _check(pair, predicted, truth)
         digest = hashlib.sha256()
         for path in filter(None, (pair.truth, pair.prediction)):
@@ -194,12 +195,14 @@ def score_pair(pair: Pair, labels: Labels, measure: bool = True) -> Scores | str
         return f"{pair.truth}: memory does not suffice for this case"
 
 
-def _read(path: Path, labels: Labels) -> tuple[NDArray[np.uint8], bool]:
-    """A mask as class indices, and whether values were rounded; the only place that knows how masks are stored."""
+def _read(path: Path, labels: Labels) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """A mask as class indices and as values of the file; the only place that knows how masks are stored."""
     values = read_mask(path)
-    indices = labels.encode(values, str(path))
-    known = {value for group in (*labels.values, labels.ignore) for value in group}
-    return indices, not known.issuperset(np.flatnonzero(np.bincount(values.ravel())).tolist())
+    return labels.encode(values, str(path)), values
+
+
+def _named(labels: Labels) -> set[int]:
+    return {value for group in (*labels.values, labels.ignore) for value in group}
 
 
 def _check(pair: Pair, predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:

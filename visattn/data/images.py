@@ -138,7 +138,8 @@ def read_mask(path: Path | str) -> NDArray[np.int32]:
         )
     if array.shape[-1] == 4 and np.ptp(array[..., 3]) and not np.ptp(array[..., :3]):
         raise UserError(f"{path}: the mask is drawn in the alpha channel; save it with one channel of label values")
-    return np.maximum(low, np.minimum(high, blue)).astype(np.int32)  # the median of the three
+    median: NDArray[np.int32] = np.maximum(low, np.minimum(high, blue)).astype(np.int32)
+    return median
 
 
 def resize_image(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
