@@ -30,34 +30,21 @@ COLUMNS = ("epoch", "step", "train/loss", "val/loss", "val/dice", "val/iou", "lr
 class RandomState(L.Callback):
     """Makes a resumed run equal to an uninterrupted one.
 
-    Every epoch starts from generators seeded by (seed, epoch, rank), so that nothing drawn outside training (a sanity
-    check, a restart) can shift what an epoch draws. The generators' states are saved as tensors with each checkpoint
-    and restored when training continues inside an epoch.
+    Every training batch starts from generators seeded by (seed, epoch, batch, rank). So nothing drawn elsewhere (a
+    sanity check, a validation, a restart) shifts what a step draws, on any device of a distributed run, and no
+    generator's state needs to be saved.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self._saved: dict[str, Any] | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """States of torch's generators, as tensors."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"torch": torch.get_rng_state(), "cuda": cuda}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the saved states until training starts again."""
-        self._saved = state_dict
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Seed torch for this epoch and rank."""
-        # SeedSequence mixes the three numbers, so neighbouring seeds, epochs and ranks do not share streams.
-        entropy = np.random.SeedSequence([self.seed, trainer.current_epoch, trainer.global_rank])
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Seed torch for this batch and rank."""
+        # SeedSequence mixes the numbers, so neighbouring seeds, epochs, batches and ranks do not share streams.
+        entropy = np.random.SeedSequence([self.seed, trainer.current_epoch, batch_idx, trainer.global_rank])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
-        if self._saved is not None and trainer.fit_loop.epoch_loop.batch_progress.current.ready > 0:
-            torch.set_rng_state(self._saved["torch"].cpu())
-            if self._saved["cuda"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._saved["cuda"]])
-        self._saved = None
 
 
 class EpochTable(L.Callback):
@@ -74,6 +61,7 @@ class EpochTable(L.Callback):
         if self.path.is_file():
             with self.path.open(newline="") as handle:
                 self._rows = [row for row in csv.DictReader(handle) if int(row["epoch"]) < trainer.current_epoch]
+        self._started = time.monotonic()  # where training goes on within an epoch, no epoch starts
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the epoch's clock."""

@@ -1,5 +1,6 @@
 """How Lightning writes and reads checkpoints here: whole or not at all, and never anything that can execute."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from visattn.checkpoint import load_plain
+from visattn.errors import UserError
 from visattn.files import atomic_write
 
 
@@ -25,13 +27,22 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             TypeError: `storage_options` is given; local files have none.
+            UserError: the disk is full or read-only.
         """
         if storage_options is not None:
             raise TypeError("storage_options: checkpoints are local files")
         # A handle, not the path: torch would put the temporary's random name into the archive, and equal content
         # would give unequal files.
-        with atomic_write(path) as temporary, temporary.open("wb") as handle:
-            torch.save(checkpoint, handle)
+        try:
+            with atomic_write(path) as temporary, temporary.open("wb") as handle:
+                torch.save(checkpoint, handle)
+        except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
+            reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+            free = shutil.disk_usage(Path(path).parent).free
+            raise UserError(
+                f"{path}: the checkpoint cannot be written: {reason} ({free / 1e6:.0f} MB free).\n"
+                "The one before is whole. Free space, then continue with --ckpt_path last and --run."
+            ) from error
 
     @override
     def load_checkpoint(

@@ -9,23 +9,28 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from visattn.callbacks import EpochTable, RandomState, TrainingProgress
 from visattn.checkpoint import load_plain, read_checkpoint
 from visattn.checkpoint_io import AtomicCheckpointIO
 from visattn.errors import UserError
-from visattn.files import write_text_atomic
+from visattn.failures import explained
+from visattn.files import remove_leftovers, write_text_atomic
 from visattn.labels import Labels
 from visattn.recipe_cli import RecipeCLI, parse
 from visattn.results import earlier_masks, start_scoring, write_results
-from visattn.runs import ROOT, find_checkpoint, is_first_process, new_run, start_run
+from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, start_run
+from visattn.signals import Stopped, StopRequest
+from visattn.space import held, refuse_too_small, refuse_unwritable
+from visattn.survival import Averaging, EpochMeans, StopOnSignal
 from visattn.task import SegmentationTask
 
 __all__ = ["RecipeCLI", "parse", "run_stage"]
@@ -59,16 +64,37 @@ def run_stage(
         arguments["init_from"] = None
         if isinstance(arguments.get("network"), dict):
             arguments["network"] = {**arguments["network"], "pretrained": False}
-    with _quiet():
-        cli = parse(tree)
-        if print_config:
-            print(yaml.safe_dump(cli.resolved, sort_keys=False), end="")
-            return 0
-        root = Path(cli.config.trainer.default_root_dir or ROOT)
-        folder = Path(run) if run else None
-        if stage == "fit":
-            return fit(cli, name, root, folder, ckpt_path)
-        return evaluate(cli, stage, name, root, folder, ckpt_path or "best")
+    request = StopRequest()
+    request.install()
+    try:
+        with quiet():
+            cli = parse(tree)
+            if print_config:
+                print(yaml.safe_dump(cli.resolved, sort_keys=False), end="")
+                return 0
+            root = Path(cli.config.trainer.default_root_dir or ROOT)
+            folder = Path(run) if run else None
+            if stage == "fit":
+                return fit(cli, name, root, folder, ckpt_path, request)
+            return evaluate(cli, stage, name, root, folder, ckpt_path or "best", request)
+    except Stopped as stop:
+        return _told(stop)
+    except Exception:
+        # A process of a distributed run that waits for another one, which was stopped, fails when that one ends.
+        if request.signal is None or is_first_process():
+            raise
+        return 0
+    finally:
+        request.restore()
+
+
+def _told(stop: Stopped) -> int:
+    """Say what stopped the run and how to go on; the exit code."""
+    if not is_first_process():
+        return 0  # any other makes Lightning kill the first process, which may still have something to say
+    notes = getattr(stop, "__notes__", ["nothing was begun; the same command starts again"])
+    print(f"visattn: stopped by {stop}: {notes[0]}", file=sys.stderr)
+    return stop.exit_code
 
 
 def _prepare(cli: RecipeCLI, name: str) -> tuple[SegmentationTask, Any]:
@@ -77,7 +103,7 @@ def _prepare(cli: RecipeCLI, name: str) -> tuple[SegmentationTask, Any]:
     return task, data
 
 
-def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str | None) -> int:
+def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str | None, request: StopRequest) -> int:
     """Train; then score the best checkpoint on the validation cases and write the report."""
     checkpoint = None
     if ckpt_path is not None:
@@ -85,6 +111,8 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
         if own is None:
             raise UserError(f"--ckpt_path {ckpt_path}: lies in no run folder; to start from its weights, set init_from")
         run = own
+    _check_machine(cli)
+    refuse_unwritable(run or root, "--run" if run else "trainer.default_root_dir")
     task, data = _prepare(cli, name)
     data.setup("fit")  # finds what is wrong with the data before a folder is made or a network built
     if not data.cases["val"]:
@@ -95,11 +123,22 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     else:
         _check_weights(task, checkpoint)  # before this recipe takes the place of the run's own config.yaml
     assert run is not None
-    if is_first_process():
-        earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
-        write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
-        data.write_splits(run / "splits.json")
+    first = is_first_process()
+    with held(run) if first else nullcontext(), explained(_advice(cli), str(run)):
+        if first:
+            earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
+            for folder in (run, run / "checkpoints"):
+                remove_leftovers(folder)
+            # At the worst moment best and last lie beside the one that is being written.
+            refuse_too_small(run, task.checkpoint_bytes(), 1 if checkpoint else 3)
+            write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
+            data.write_splits(run / "splits.json")
+        return _train(cli, task, data, run, checkpoint, request)
 
+
+def _train(
+    cli: RecipeCLI, task: SegmentationTask, data: Any, run: Path, checkpoint: Path | None, request: StopRequest
+) -> int:
     # Two callbacks: Lightning's own save_last renews last.ckpt only when best.ckpt changes. The best comes first, so
     # that last.ckpt knows of it.
     where: dict[str, Any] = {
@@ -109,6 +148,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     }
     keep = ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **where)
     last = ModelCheckpoint(filename="last", **where)
+    stopper = StopOnSignal(request, run / LAST)
     trainer = cli.build_trainer(
         default_root_dir=str(run),
         logger=TensorBoardLogger(run, name="tensorboard", version=""),
@@ -119,35 +159,86 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
             keep,
             last,
             RandomState(int(cli.config.seed_everything)),
+            EpochMeans(),  # logs what those below read
+            *([Averaging()] if task.average is not None else []),
             EpochTable(run / "metrics.csv"),
             TrainingProgress(),
+            stopper,  # saves what those above have done
         ],
     )
     if trainer.is_global_zero:
         counts = ", ".join(f"{len(cases)} {split}" for split, cases in data.cases.items() if cases)
         print(f"run: {run}\ndata: {data.description}: {counts}", file=sys.stderr)
     started = time.monotonic()
-    trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.interrupted:
-        raise UserError(f"interrupted. Continue with: --ckpt_path last --run {run}")
-    seconds = time.monotonic() - started
-    if not keep.best_model_path:
-        raise UserError(
-            f"no epoch was validated, so there is no best.ckpt and no report in {run}.\n"
-            "Check trainer.max_epochs, check_val_every_n_epoch, limit_val_batches and fast_dev_run."
-        )
-    best = Path(keep.best_model_path)
-    start_scoring(run, task)
-    trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
-    report = write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
+    try:
+        trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        seconds = time.monotonic() - started
+        _say_why_early(trainer)
+        if not keep.best_model_path:
+            raise UserError(
+                f"no epoch was validated, so there is no best.ckpt and no report in {run}.\n"
+                "Check trainer.max_epochs, check_val_every_n_epoch, limit_val_batches and fast_dev_run."
+            )
+        best = Path(keep.best_model_path)
+        start_scoring(run, task)
+        trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
+        report = write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
+    except Stopped as stop:
+        stop.add_note(_how_to_continue(run, trainer, stopper.saved))
+        _pass_on(stop, trainer, stopper)
+        raise
     if trainer.is_global_zero:
         print(f"best checkpoint: {best}" + (f"\nreport: {report}" if report else ""), file=sys.stderr)
     return 0
 
 
-def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None, ckpt_path: str) -> int:
+def _say_why_early(trainer: Any) -> None:
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message and trainer.is_global_zero:
+            why = callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+            print(f"stopped early after epoch {callback.stopped_epoch + 1}: {why}", file=sys.stderr)
+
+
+def _how_to_continue(run: Path, trainer: Any, saved: bool) -> str:
+    again = f"the same command with --run {run} --ckpt_path last"
+    if saved:
+        return f"{run / LAST} holds epoch {trainer.current_epoch + 1}, step {trainer.global_step}.\nContinue: {again}"
+    if (run / LAST).is_file():
+        return f"no step was made since {run / LAST} was saved.\nContinue: {again}"
+    return f"before the first step, so nothing was saved.\nStart again: the same command with --run {run}"
+
+
+def _pass_on(stop: Stopped, trainer: Any, stopper: StopOnSignal) -> None:
+    """Stop the processes that Lightning started, unless they stopped at the same step as this one."""
+    if trainer.world_size > 1 and not stopper.together and trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.kill(stop.signal)
+
+
+def _advice(cli: RecipeCLI) -> str:
+    """Which keys need less memory when they are lowered, and what they are."""
+    data = cli.config.data.init_args
+    keys = [f"data.{key} ({data[key]})" for key in ("batch_size", "size") if key in data]
+    precision = str(cli.config.trainer.precision or "32-true")
+    more = "" if "16" in precision else f", or set trainer.precision ({precision}) to bf16-mixed"
+    return f"Lower {' or '.join(keys)}{more}.\ntrainer.accumulate_grad_batches makes up for a smaller batch."
+
+
+def _check_machine(cli: RecipeCLI) -> None:
+    """Refuse a precision for which Lightning would silently take another."""
+    given = cli.config.trainer
+    gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if str(given.precision) in {"16", "16-mixed"} and (given.accelerator == "cpu" or not gpu):
+        raise UserError(
+            f"trainer.precision: {given.precision} needs a GPU, and this run is on a CPU; take bf16-mixed or 32-true"
+        )
+
+
+def evaluate(
+    cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None, ckpt_path: str, request: StopRequest
+) -> int:
     """Score a checkpoint on the validation or test cases; results go to `RUN/<stage>/`."""
     checkpoint, own = find_checkpoint(ckpt_path, root, name, run)
+    _check_machine(cli)
     task, data = _prepare(cli, name)
     data.setup(stage)
     split = "val" if stage == "validate" else "test"
@@ -162,13 +253,14 @@ def evaluate(cli: RecipeCLI, stage: str, name: str, root: Path, run: Path | None
     start_scoring(output, task)
     trainer = cli.build_trainer(
         logger=False, enable_checkpointing=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
-        callbacks=[TrainingProgress()],
+        callbacks=[TrainingProgress(), StopOnSignal(request, output / LAST)],
     )  # fmt: skip
     started = time.monotonic()
     loop = trainer.validate if stage == "validate" else trainer.test
-    loop(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
-    seconds = time.monotonic() - started
-    write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint))
+    with explained(_advice(cli), str(output)):
+        loop(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        seconds = time.monotonic() - started
+        write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint))
     if trainer.is_global_zero:
         print(f"results: {output}", file=sys.stderr)
     return 0
@@ -201,7 +293,7 @@ def _epoch(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what Lightning says to developers; warnings about the user's data and settings stay."""
     import logging
 

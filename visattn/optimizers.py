@@ -131,6 +131,17 @@ def build_schedule(
     return LambdaLR(optimizer, factor)
 
 
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes that the optimiser's running means will take once it has stepped."""
+    means = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 1
+    return sum(
+        p.numel() * p.element_size() * (means + int(group.get("amsgrad", False)))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if means == 2 or group.get("momentum", 0)
+    )
+
+
 def freeze(network: nn.Module, patterns: Iterable[str]) -> list[str]:
     """Switch off the gradient of every parameter whose name matches one of `patterns` (shell wildcards).
 

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from visattn.errors import UserError
+from visattn.folds_file import has_folds, read_folds
 
 ROOT = Path("runs")
 LAST = Path("checkpoints/last.ckpt")
@@ -27,8 +28,10 @@ def new_run(root: Path, recipe: str) -> Path:
 
 
 def named_run(folder: Path) -> Path:
-    """Use `folder` for a new run; it must not hold one already."""
-    if (folder / LAST).exists() or (folder / "config.yaml").exists():
+    """Use `folder` for a new run; it must not hold one already. One that saved no checkpoint is begun again."""
+    if has_folds(folder):
+        raise UserError(f"--run {folder}: holds a run with folds. Continue it with --folds all --ckpt_path last")
+    if (folder / LAST).exists():
         raise UserError(f"--run {folder}: holds a run already. Add --ckpt_path last to continue it, or name another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -89,9 +92,17 @@ def find_checkpoint(ckpt_path: str, root: Path, recipe: str, run: Path | None) -
     """
     if ckpt_path in {"last", "best"}:
         folder = run if run is not None else newest_run(root, recipe)
+        if has_folds(folder):
+            raise UserError(
+                f"--run {folder}: a run with {read_folds(folder).count} folds, which has no checkpoint of its own.\n"
+                "Score one fold: --run FOLDER/fold-0. Continue the training: --folds all --ckpt_path last.\n"
+                "The scores of all folds together stand in its report.html; visattn predict takes the folder."
+            )
         path = folder / "checkpoints" / f"{ckpt_path}.ckpt"
         if not path.is_file():
-            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint: {path}")
+            begun = (folder / "config.yaml").is_file() and not (folder / LAST).is_file()
+            hint = "\nThe run ended before its first: leave --ckpt_path out to begin it again." if begun else ""
+            raise UserError(f"--ckpt_path {ckpt_path}: no such checkpoint: {path}{hint}")
         return path, folder
     path = Path(ckpt_path)
     if not path.is_file():

@@ -9,21 +9,23 @@ from typing import Any, cast
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from visattn.checkpoint import KEY, checkpoint_metadata, read_checkpoint
+from visattn.checkpoint import KEY, PREFIX, checkpoint_metadata, read_checkpoint
 from visattn.errors import UserError
 from visattn.inference import predict_probabilities
 from visattn.labels import Labels
 from visattn.losses import build_loss
 from visattn.metrics import SegmentationMetrics, Suite
 from visattn.networks import check_network, create_model
-from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze
+from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze, state_bytes
 from visattn.overlay import write_png
 from visattn.runs import is_first_process
 from visattn.scored import safe_name
 
+RAW = "visattn_raw"  # entry of the .ckpt with the weights that training goes on from, where state_dict is their average
 THRESHOLD = 0.5  # of the sigmoid, for binary labels and for regions
 
 
@@ -44,6 +46,10 @@ class SegmentationTask(L.LightningModule):
             (another head, other input channels) are reported and left as initialised.
         freeze: Shell patterns of parameter names that do not train, e.g. `["backbone.*"]`.
         backbone_lr_factor: Learning rate of parameters under `backbone.` as a share of `lr`.
+        ema: Share that an exponential moving average of the weights keeps at each optimiser step, e.g. 0.999. The
+            average is what is validated, saved as the network and used by `predict`; the raw weights ride along in
+            the checkpoint for continuing. null: no average.
+        compile: Speed the network up with `torch.compile`; checkpoints stay as they are.
     """
 
     def __init__(
@@ -55,12 +61,16 @@ class SegmentationTask(L.LightningModule):
         init_from: str | None = None,
         freeze: list[str] | None = None,
         backbone_lr_factor: float = 1.0,
+        ema: float | None = None,
+        compile: bool = False,  # noqa: A002 (the recipe's key; the built-in is not needed here)
     ) -> None:
         super().__init__()
         check_network(network)
         check_optimizer(optimizer)
         check_schedule(schedule or {"name": "constant"})
         _try_values(optimizer, schedule, backbone_lr_factor)
+        if ema is not None and not 0 < ema < 1:
+            raise UserError(f"model.ema: must lie between 0 and 1, such as 0.999, or be null; got {ema}")
         if init_from is not None and not Path(init_from).is_file():
             raise UserError(f"model.init_from: no such file: {init_from}")
         self.config: dict[str, Any] = {
@@ -72,6 +82,9 @@ class SegmentationTask(L.LightningModule):
         self.init_from = init_from
         self.freeze_patterns = list(freeze or [])
         self.backbone_lr_factor = backbone_lr_factor
+        self.ema = ema
+        self.compiled = compile
+        self.average: WeightAverage | None = None
         self.recipe: dict[str, Any] = {}  # the resolved recipe, set by fit; rides in the checkpoint
         self.recipe_name = ""
         self.data: Any = None  # the data module, set by fit: labels and preprocessing decide the network's ends
@@ -115,22 +128,38 @@ class SegmentationTask(L.LightningModule):
         if frozen:
             _tell(f"frozen: {len(frozen)} parameter tensors")
         self.validation_metrics = SegmentationMetrics(self.labels)
+        if self.ema is not None:
+            self.average = WeightAverage(self.network, self.ema)
+        if self.compiled:
+            self.network.compile()  # in place: no wrapper, so the names of the weights stay
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimiser with its schedule, advanced every optimiser step."""
         assert self.network is not None
         optimizer = build_optimizer(self.config["optimizer"], self.network, self.backbone_lr_factor)
-        total = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("trainer.max_epochs: -1 has no end, which a schedule counts towards; give a number")
+        total = int(steps)
         per_epoch = total / max(self.trainer.max_epochs or 1, 1)
         schedule = build_schedule(self.config["schedule"], optimizer, total, per_epoch)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint will be: weights, their average, and the optimiser's means."""
+        assert self.network is not None
+        weights = sum(int(value.numel() * value.element_size()) for value in self.network.state_dict().values())
+        optimizer = build_optimizer(self.config["optimizer"], self.network, self.backbone_lr_factor)
+        return weights * (2 if self.ema is not None else 1) + state_bytes(optimizer)
+
     def forward(self, images: Tensor) -> Any:
         """Logits of the network: `(B, C, H, W)` to `(B, classes, H, W)`, or a tuple of maps, prediction first."""
         assert self.network is not None
+        if self.average is not None and not self.training:
+            return self.average.network(images)
         return self.network(images)
 
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
         """Mean loss of one batch; a non-finite loss stops the run naming step and files."""
         loss = cast(Tensor, self.loss(self(batch["image"]), batch["target"]))
         if not torch.isfinite(loss):
@@ -139,12 +168,18 @@ class SegmentationTask(L.LightningModule):
                 f"Cases of the batch: {', '.join(batch['case'][:4])}{', ...' if len(batch['case']) > 4 else ''}\n"
                 "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true."
             )
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(batch["case"]), sync_dist=True)
-        return loss
+        # Under `mean` as it is, for the mean of the epoch: Lightning divides `loss` by the accumulated batches.
+        return {"loss": loss, "mean": loss.detach()}
 
-    def on_train_epoch_start(self) -> None:
-        """Log the learning rate that the epoch starts with."""
-        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1, sync_dist=True)
+    def on_fit_start(self) -> None:
+        """Bring the average to the device of the weights."""
+        if self.average is not None:
+            self.average.network.to(self.device)
+
+    def average_weights(self) -> None:
+        """Move the average towards the weights; called after every optimiser step."""
+        if self.average is not None and self.network is not None:
+            self.average.update(self.network, self.global_step)
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Loss at the network's size, metrics at each image's own size."""
@@ -190,7 +225,7 @@ class SegmentationTask(L.LightningModule):
             self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=True)  # equal everywhere
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything that `predict` needs rides in the checkpoint, as plain values."""
+        """Everything that `predict` needs rides in the checkpoint, as plain values; its network is the average."""
         checkpoint[KEY] = checkpoint_metadata(
             recipe=copy.deepcopy(self.recipe),
             labels=self.labels.to_config(),
@@ -199,6 +234,47 @@ class SegmentationTask(L.LightningModule):
             data={"description": self.data.description, "fingerprint": self.data.fingerprint},
             threshold=THRESHOLD,
         )
+        if self.average is not None:
+            weights = checkpoint["state_dict"]
+            checkpoint[RAW] = {key: value for key, value in weights.items() if key.startswith(PREFIX)}
+            average = {PREFIX + key: value for key, value in self.average.network.state_dict().items()}
+            checkpoint["state_dict"] = {**weights, **average}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """To train on, the raw weights and the average; to score, the average alone."""
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            self.average = None
+            return
+        weights = checkpoint["state_dict"]
+        if self.average is not None:
+            own = {key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)}
+            self.average.network.load_state_dict(own)
+        checkpoint["state_dict"] = {**weights, **checkpoint.get(RAW, {})}
+
+
+class WeightAverage:
+    """An exponential moving average of a network's weights and running statistics. Not a module of the task's.
+
+    Args:
+        network: What is averaged; the average starts as a copy.
+        decay: Share that the average keeps at each step. The first steps keep less, (1 + step) / (10 + step), so that a
+            short training does not end on an average of its beginning.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move towards `network` after optimiser step number `step`, counted from 1."""
+        keep = min(self.decay, (1 + step) / (10 + step))
+        own = self.network.state_dict()
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                own[key].lerp_(value.to(own[key].dtype), 1 - keep)
+            else:  # a count of batches
+                own[key].copy_(value)
 
 
 def _try_values(optimizer: dict[str, Any], schedule: dict[str, Any] | None, backbone_lr_factor: float) -> None:

@@ -32,6 +32,7 @@ from visattn.data.sampler import EpochSampler, ShardSampler
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.errors import UserError
 from visattn.labels import Labels
+from visattn.signals import leave_signals_to_parent
 
 _log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ class ImageMaskFolder(LightningDataModule):
         self.seed = seed
         self.cases: dict[str, list[Case]] = {}
         self.fingerprint = ""
+        self._resumed = (0, 0)
         self._reader = CaseReader(self.labels, channels)
         self._sets: dict[str, TrainingSet | EvaluationSet] = {}
         self._check_arguments()
@@ -140,11 +142,25 @@ class ImageMaskFolder(LightningDataModule):
         cases, checked = self._find_and_check(keep=False)
         return fold_cases(cases, [check.classes for check in checked], self.split, self.seed)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and the number of its batches after which training goes on, for the checkpoint."""
+        loop = self.trainer.fit_loop if self.trainer is not None else None
+        if loop is None:
+            return {}
+        epoch: Any = loop.epoch_progress.current
+        within = epoch.ready != epoch.processed  # else the batches counted are those of the epoch before
+        return {"epoch": epoch.processed, "batches": loop.epoch_loop.batch_progress.current.completed if within else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the checkpoint was written. Lightning's own counters come too late for loading processes."""
+        self._resumed = (int(state_dict["epoch"]), int(state_dict["batches"]))
+
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of augmented images, in an order drawn from seed and epoch."""
         rank, world = _rank()
         data = self._sets["train"]
         sampler = EpochSampler(len(data), self.batch_size, self.seed, self.scales, rank, world)
+        sampler.resume(*self._resumed)
         return self._loader(data, sampler, TrainingBatch(self.preprocessing), self._workers())
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -297,3 +313,4 @@ def _rank() -> tuple[int, int]:
 def _start_worker(worker: int) -> None:
     """OpenCV's threads do not survive a fork, and one process per core is enough."""
     cv2.setNumThreads(0)
+    leave_signals_to_parent()

@@ -41,6 +41,15 @@ class EpochSampler(Sampler[list[Key]]):
         self.rank = rank
         self.world = world
         self.epoch = 0
+        self._done = (0, 0)
+
+    def resume(self, epoch: int, batches: int) -> None:
+        """Start with `epoch`, and leave out its first `batches`, which were trained on before a stop.
+
+        The epoch is set here because loading processes ask for their first batches before Lightning calls `set_epoch`.
+        """
+        self.epoch = epoch
+        self._done = (epoch, batches)
 
     @property
     def sampler(self) -> "EpochSampler":
@@ -64,9 +73,8 @@ class EpochSampler(Sampler[list[Key]]):
         else:
             starts = range(self.rank * self.batch_size, self.length // step * step, step)
             batches = [order[start : start + self.batch_size] for start in starts]
-        for batch in batches:
-            for scale in self.scales:
-                yield [Key(int(index), self.epoch, scale) for index in batch]
+        steps = [[Key(int(index), self.epoch, scale) for index in batch] for batch in batches for scale in self.scales]
+        yield from steps[self._done[1] if self.epoch == self._done[0] else 0 :]
 
 
 class ShardSampler(Sampler[list[int]]):

@@ -1,0 +1,78 @@
+"""Whether a run can be written where it is to be written, found out before hours are spent on it."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from visattn.errors import UserError
+
+MARGIN = 50_000_000  # bytes for tables, logs, pictures and the report
+LOCK = ".lock"
+
+
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Look at the nearest folder that exists, before anything is made.
+
+    Raises:
+        UserError: It is read-only, full, or a file; `option` names what to change.
+    """
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{option}: {folder} cannot be a folder: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{option}: {place} is read-only; name a folder that can be written")
+    if shutil.disk_usage(place).free < MARGIN:
+        raise UserError(f"{option}: the disk of {place} is full; free space or name another folder")
+
+
+def refuse_too_small(folder: Path, checkpoint: int, count: int) -> None:
+    """Compare what a run needs with what is free.
+
+    Args:
+        folder: The run folder, which exists.
+        checkpoint: Bytes of one checkpoint.
+        count: How many will be written beside what lies there already.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    free, needed = shutil.disk_usage(folder).free, checkpoint * count + MARGIN
+    if free < needed:
+        raise UserError(
+            f"{folder}: {free / 1e6:.0f} MB are free, and this run needs about {needed / 1e6:.0f} MB "
+            f"({count} checkpoints of {checkpoint / 1e6:.0f} MB).\n"
+            "Free space, or name another disk with --run or trainer.default_root_dir."
+        )
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Prove that `folder` can be written, and keep other training processes out of it; a killed one lets go of it.
+
+    Raises:
+        UserError: Read-only, full, or another process trains there.
+    """
+    path = folder / LOCK
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}. Name another with --run") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is training there. Wait for it, or stop it") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            os.write(handle, bytes(4096))
+            os.fsync(handle)
+            os.ftruncate(handle, 0)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}. Free space or name another") from error
+        yield
+    finally:
+        os.close(handle)
