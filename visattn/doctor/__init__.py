@@ -1,0 +1,175 @@
+"""`visattn doctor`: what is wrong with a data set, found before anything is trained on it. It needs no torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from visattn.data.cases import Case, ImageFolder, scan_roots
+from visattn.doctor import recipe as recipes
+from visattn.doctor.copies import check_copies
+from visattn.doctor.files import check_files
+from visattn.doctor.findings import Finding, Findings
+from visattn.doctor.listing import check_folder
+from visattn.doctor.masks import Classes, check_classes, check_mixed, check_swapped, check_values
+from visattn.doctor.reading import Seen, read_cases
+from visattn.doctor.show import Report, show
+from visattn.errors import UserError
+from visattn.labels import Labels
+from visattn.survey import find_parts, guess_label_map
+
+__all__ = ["Finding", "Report", "examine_folder", "examine_recipe", "run_doctor"]
+
+_VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz", ".dcm")
+
+
+def run_doctor(folder: Path | None, configs: Sequence[str] | None, rest: Sequence[str], as_json: bool = False) -> int:
+    """Examine a folder or the data of a recipe and print what was found.
+
+    Args:
+        folder: A data set, or None.
+        configs: Recipes, of which later ones lie over earlier ones; None without.
+        rest: Changes of the recipe's keys, `--data.root DIR`.
+        as_json: Print JSON.
+
+    Returns:
+        1 if there is an error among the findings, else 0.
+
+    Raises:
+        UserError: Neither or both were given, or there is nothing to examine.
+    """
+    if (folder is None) == (not configs):
+        raise UserError("doctor: give a folder, or a recipe with --config; not both\nSee: visattn doctor --help")
+    if folder is not None and rest:
+        raise UserError(f"doctor: {rest[0]} changes a key of a recipe, and needs --config RECIPE")
+    report = examine_folder(folder) if folder is not None else examine_recipe(configs or (), rest)
+    show(report, as_json)
+    return report.exit_code
+
+
+def examine_folder(folder: Path | str) -> Report:
+    """Examine the data set in `folder`; what the masks' values mean is guessed from them.
+
+    Raises:
+        UserError: There is no such folder, or no images with masks in it.
+    """
+    root = Path(folder).expanduser()
+    _refuse_volumes(root)
+    found = find_parts(root)
+    findings = Findings(root)
+    cases: list[Case] = []
+    parts: dict[str, str] = {}
+    for names in (("train", "val"), ("test",)):
+        inside = [(part, one) for part in names for one in found.get(part, ())]
+        listed = scan_roots([str(one.path) for _, one in inside])[0] if inside else []
+        homes = {str(one.path): part for part, one in inside}
+        for case in listed:
+            case = replace(case, name=f"test/{case.name}") if names == ("test",) else case
+            cases.append(case)
+            if len(found) > 1:
+                parts[case.name] = homes[case.root]
+    folders = [one for group in found.values() for one in group]
+    seen = _look(cases, folders, findings, None, None)
+    check_mixed(seen, findings)
+    labels = _guess(seen, root.resolve().name)
+    if labels is None:
+        _tell_constant(seen, findings)
+    else:
+        classes = check_values(seen, labels, findings, given=False)
+        check_classes(seen, classes, labels, findings)
+    check_copies(seen, parts, findings)
+    recipes.check_names(cases, parts, findings)
+    shown = None if labels is None else labels.to_config()["labels"]
+    return Report([str(folder)], len(cases), shown, True, findings.sorted())
+
+
+def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
+    """Examine the data that a recipe names, divided as training would divide it.
+
+    Raises:
+        UserError: The recipe is no good, or a folder that it names is not there.
+    """
+    section = recipes.read_recipe(configs, rest)
+    for root in (*section.roots, *section.test_roots):
+        _refuse_volumes(Path(root).expanduser())
+    cases, tests, folders = section.cases()
+    findings = Findings(Path(section.roots[0]).expanduser() if len(section.roots) == 1 else None)
+    tests = [replace(case, name=f"test/{case.name}") for case in tests]
+    seen = _look([*cases, *tests], folders, findings, section.labels, section.size)
+    classes = check_values(seen, section.labels, findings, given=True)
+    check_classes(seen, classes, section.labels, findings)
+    held = {name: _held(one) for name, one in classes.items()}
+    parts: dict[str, str] = {}
+    together = recipes.grouped(section, cases, findings) if cases else []
+    if together:
+        parts = recipes.parts_of(section, together, held, findings)
+        recipes.check_parts(parts, held, section.labels, findings)
+    if section.split.group_by is None:
+        recipes.check_names(cases, parts, findings)
+    parts |= {case.name: "test" for case in tests}
+    recipes.check_sizes(section, seen, findings)
+    check_copies(seen, parts, findings)
+    return Report(
+        section.roots + section.test_roots,
+        len(cases) + len(tests),
+        section.labels.to_config()["labels"],
+        False,
+        findings.sorted(),
+    )
+
+
+def _look(
+    cases: Sequence[Case],
+    folders: Sequence[ImageFolder],
+    findings: Findings,
+    labels: Labels | None,
+    size: tuple[int, int] | None,
+) -> list[Seen]:
+    """What is the same for a folder and a recipe: names, files, pictures."""
+    for folder in folders:
+        check_folder(folder, findings)
+    if not cases:
+        findings.whole("no-cases", ", ".join(findings.shown(folder.path) for folder in folders))
+    seen = read_cases(cases, labels, size)
+    check_files(seen, findings)
+    check_swapped(seen, findings)
+    return seen
+
+
+def _held(classes: Classes) -> list[int]:
+    return [index for index, count in enumerate(classes.pixels) if index and count]
+
+
+def _guess(seen: Sequence[Seen], name: str) -> Labels | None:
+    """The label map that the masks suggest; None where they hold one value, or none that labels could be."""
+    contents = [one.content for one in seen if one.content is not None]
+    masks: list[Mapping[int, int]] = [
+        dict(zip(content.values.tolist(), content.counts.tolist(), strict=True)) for content in contents
+    ]
+    try:
+        guess = guess_label_map(masks, name)
+    except UserError:
+        return None
+    return Labels.from_config(guess.labels, ignore=guess.ignore)
+
+
+def _tell_constant(seen: Sequence[Seen], findings: Findings) -> None:
+    """Without a label map: all masks of one value, or values that are no labels."""
+    values = {int(value) for one in seen if one.content is not None for value in one.content.values[:2]}
+    if len(values) == 1:
+        findings.whole("all-masks-empty", f"every pixel of all masks is {values.pop()}")
+    elif values and not findings.has("folders-swapped"):
+        for one in seen:
+            if one.content is not None and len(one.content.values) > 2:
+                findings.file("mask-no-labels", one.mask.path, f"{len(one.content.values)} values")
+
+
+def _refuse_volumes(root: Path) -> None:
+    """Say of a folder with volumes that they are not examined, rather than that images are missing."""
+    if not root.is_dir():
+        return
+    files = [path for path in (*root.glob("*"), *root.glob("*/*")) if path.name.lower().endswith(_VOLUMES)]
+    if files and not any((root / inside).is_dir() for inside in ("images", "image", "Original")):
+        raise UserError(
+            f"{root}: holds volumes ({files[0].relative_to(root)}), which doctor does not examine yet; "
+            "it looks at folders of 2-D images with masks"
+        )
