@@ -92,8 +92,6 @@ def fit_folds(
     splits = [part_names(parts) for parts in data.find_folds()]
     if before is None:
         folder = named_run(Path(run)) if run else new_run(root, name)
-        if has_folds(folder):
-            raise UserError(f"--run {folder}: holds folds already. Add --ckpt_path last to continue, or name another")
         state = Folds(folder, count, name, data.fingerprint)
     else:
         state = before

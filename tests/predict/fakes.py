@@ -35,16 +35,18 @@ def create_model(name, **kwargs):
     return Bright(**kwargs)
 
 
-def write_checkpoint(path, labels=None, shift=0.0, threshold=0.5, **blocks):
+def write_checkpoint(path, labels=None, shift=0.0, threshold=0.5, size=SIZE, **blocks):
     label_map = Labels.from_config(labels or {"background": 0, "polyp": 255}, **blocks)
     network = Bright(classes=label_map.channels)
     with torch.no_grad():
         if label_map.channels == 1:
             network.weight.fill_(shift)
+        else:
+            network.weight.add_(shift)
     content = checkpoint_metadata(
         recipe={"seed_everything": 0},
         labels=label_map.to_config(),
-        preprocessing={"size": [SIZE, SIZE], "mean": [0.0] * 3, "std": [1.0] * 3, "channels": 3},
+        preprocessing={"size": [size, size], "mean": [0.0] * 3, "std": [1.0] * 3, "channels": 3},
         network={"name": "bright", "in_channels": 3, "classes": label_map.channels},
         data={"description": "phantom (embedded, synthetic)", "fingerprint": "00"},
         threshold=threshold,
