@@ -191,13 +191,14 @@ def _image_print(image: NDArray[np.uint8], mask: NDArray[np.int32] | None) -> Im
         int(image.max()),
         int(np.searchsorted(np.cumsum(tones), 0.99 * grey.size)),
         small,
-        _colours(image),
+        colours(image),
         float(near / grey.size) if high - low > _DARK else 0.0,
         like,
     )
 
 
-def _colours(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def colours(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A histogram (256,) over hue, saturation and value of an image (H, W, 3), for `find_sequences`."""
     small = cv2.resize(image, (2 * SIDE, 2 * SIDE), interpolation=cv2.INTER_AREA)
     hsv = cv2.cvtColor(small, cv2.COLOR_RGB2HSV)
     histogram = cv2.calcHist([hsv], [0, 1, 2], None, [16, 4, 4], [0, 180, 0, 256, 0, 256]).ravel()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -79,7 +80,7 @@ class Pair:
         image: What is known of the image.
         mask: What is known of the mask.
         part: train, val or test: how the folders divide the data; train where they do not.
-        thumbnail: What `survey` was asked to keep of the image, or None.
+        kept: What `survey` was asked to keep of the image, or None.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Pair:
     image: Facts
     mask: Facts
     part: str
-    thumbnail: NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
+    kept: Any = field(default=None, repr=False, compare=False)
 
     @property
     def usable(self) -> bool:
@@ -173,7 +174,7 @@ class Survey:
 def survey(
     folder: Path | str,
     advance: Callable[[int], None] | None = None,
-    thumbnail: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] | None = None,
+    keep: Callable[[NDArray[np.uint8]], Any] | None = None,
 ) -> Survey:
     """Look at every image and mask below `folder`.
 
@@ -181,7 +182,7 @@ def survey(
         folder: A folder with images/ and masks/ (or another of `LAYOUTS`), or one of several such folders; sub-folders
             called train, val and test are taken as that, TrainDataset and TestDataset too.
         advance: Called after each pair with their number, for a progress bar.
-        thumbnail: Makes of an image in grey (H, W) what is to be kept of it.
+        keep: Makes of an image (H, W, 3) what is to be kept of it.
 
     Raises:
         UserError: There is no such folder, or no images with masks in it.
@@ -200,7 +201,7 @@ def survey(
     def look(entry: tuple[str, str, str, Path, Path]) -> Pair:
         part, name, stem, image, mask = entry
         facts, pixels = look_at_image(image)
-        kept = None if thumbnail is None or pixels is None else thumbnail(_grey(pixels))
+        kept = None if keep is None or pixels is None else keep(pixels)
         return Pair(name, stem, facts, mask_facts(mask), part, kept)
 
     pairs = []
@@ -259,7 +260,7 @@ def look_at_image(path: Path) -> tuple[Facts, NDArray[np.uint8] | None]:
         return _spoilt(facts, f"{path}: not enough memory to decode it"), None
     red, green, blue = cv2.split(image)
     spread = cv2.max(cv2.max(cv2.absdiff(red, green), cv2.absdiff(green, blue)), cv2.absdiff(red, blue))
-    grey = _grey(image)
+    grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     mean, std = cv2.meanStdDev(grey)
     facts = replace(facts, mean=float(mean[0, 0]), std=float(std[0, 0]), high=int(grey.max(initial=0)))
     return replace(facts, colour=int(spread.max(initial=0))), image
@@ -277,10 +278,6 @@ def look_at_mask(path: Path) -> tuple[Facts, NDArray[np.int32] | None]:
     except MemoryError:
         return _spoilt(facts, f"{path}: not enough memory to decode it"), None
     return replace(facts, values=_count(mask)), mask
-
-
-def _grey(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
 
 
 def _header(path: Path) -> Facts:

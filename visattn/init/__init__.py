@@ -1,0 +1,147 @@
+"""`visattn init`: looks at a data set and at this machine, and writes a recipe that trains on it."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from visattn import __version__
+from visattn.errors import UserError
+from visattn.files import write_text_atomic
+from visattn.init.budget import duration
+from visattn.init.division import look
+from visattn.init.machine import Machine, this_machine
+from visattn.init.plan import Plan, make_plan, recipe_lines
+from visattn.init.text import command, one_line, render
+from visattn.progress import Bar
+from visattn.survey import Survey, find_parts, survey
+
+_SHOWN = 4
+
+__all__ = ["write_recipe"]
+
+
+def write_recipe(folder: Path, output: Path, overwrite: bool = False, machine: Machine | None = None) -> int:
+    """Write a recipe for the data in `folder` to `output`, and print what was decided.
+
+    Args:
+        folder: The data set.
+        output: The recipe to write; a file that goes with it stands beside it, under its name.
+        overwrite: Replace files that are there.
+        machine: What to plan for; by default this machine.
+
+    Returns:
+        0, or 1 where files must be put right before the recipe trains.
+
+    Raises:
+        UserError: The data cannot be trained on, or a file is in the way; nothing is written then.
+    """
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output {output}: a recipe's name ends in .yaml")
+    _refuse([output], overwrite)
+    found = _look(folder)
+    plan = make_plan(found, machine or this_machine(), output)
+    _refuse(list(plan.division.files), overwrite)
+    problems = [*found.unpaired, *found.unreadable, *_mismatches(plan)]
+    text = render(_head(plan, output), recipe_lines(plan))
+    for path, content in plan.division.files.items():
+        write_text_atomic(path, content)
+    write_text_atomic(output, text)
+    print("\n".join(_summary(plan, output)))
+    _tell_problems(problems, folder)
+    print("Next:\n" + "\n".join(f"  {line}" for line in _next(plan, output)))
+    return 1 if problems else 0
+
+
+def _look(folder: Path) -> Survey:
+    total = sum(len(one.pairs) for folders in find_parts(folder).values() for one in folders)
+    with Bar("looking at images and masks", total) as bar:
+        return survey(folder, lambda _: bar.advance(), look)
+
+
+def _refuse(paths: list[Path], overwrite: bool) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--output {path}: is a folder; give the name of a file in it")
+        if path.exists() and not overwrite:
+            raise UserError(f"--output {path}: is there already; give another name, or --overwrite to replace it")
+
+
+def _mismatches(plan: Plan) -> list[str]:
+    """Sizes that differ, and masks that the label map cannot read."""
+    lines = []
+    for pair in plan.survey.unequal:
+        (h, w), (height, width) = pair.mask.size or (0, 0), pair.image.size or (0, 0)
+        lines.append(f"{pair.mask.path}: the mask is {w} x {h} pixels, its image {width} x {height}")
+    for pair in plan.survey.usable:
+        try:
+            plan.labels.encode(np.array([value for value, _ in pair.mask.values]), str(pair.mask.path))
+        except UserError as error:
+            lines.append(str(error).splitlines()[0])
+    return lines
+
+
+def _head(plan: Plan, output: Path) -> list[str]:
+    what = " and ".join(plan.labels.foreground[:4]) + (" ..." if len(plan.labels.foreground) > 4 else "")
+    return [
+        f"{plan.network.title} for {what}: written by visattn init {__version__}, to be read and changed",
+        "",
+        *(
+            f"{title:9} {line}"
+            for title, line in zip(("Check:", "Command:", "Then:"), _next(plan, output), strict=True)
+        ),
+        f"Hardware: {plan.machine.described}",
+        f"Time:     about {duration(plan.budget.seconds)} on this machine",
+        f"Data:     {_images(plan)}",
+        *(f"Mind:     {note}" for note in plan.notes),
+    ]
+
+
+def _next(plan: Plan, output: Path) -> list[str]:
+    run = f"runs/{output.stem}/TIME"
+    return [
+        command("visattn", "doctor", str(plan.survey.root)),
+        command("visattn", "fit", "--config", str(output)),
+        command("visattn", "predict", "IMAGES", "--checkpoint", run, "--output", "masks", "--overlays"),
+    ]
+
+
+def _images(plan: Plan) -> str:
+    sizes = sorted(plan.survey.sizes, key=lambda size: size[0] * size[1])
+    smallest, largest = (f"{width} x {height}" for height, width in (sizes[0], sizes[-1]))
+    span = f"{smallest} to {largest}" if smallest != largest else f"all {smallest}"
+    kind = "colour" if plan.channels == 3 else "grey"
+    kinds = "/".join(sorted(plan.survey.modes))
+    return f"{len(plan.survey.usable)} images with masks, {span} pixels, {kind} ({kinds})"
+
+
+def _summary(plan: Plan, output: Path) -> list[str]:
+    budget = plan.budget
+    labels = ", ".join(f"{name} {value}" for name, value in list(plan.guess.labels.items())[:8])
+    accumulate = f" x {budget.accumulate}" if budget.accumulate > 1 else ""
+    parts = plan.division
+    split = f"{parts.training} images train, {parts.validation} validate" + (f"; {parts.told}" if parts.told else "")
+    network = f"{plan.network.title} ({plan.network.arguments['backbone']}), {budget.size[1]} x {budget.size[0]} pixels"
+    rows = [
+        ("data", _images(plan)),
+        ("labels", f"{labels}: {plan.guess.why}"),
+        ("split", split),
+        ("machine", plan.machine.described),
+        ("network", f"{network}, batches of {budget.batch}{accumulate}, {plan.machine.precision}"),
+        ("training", f"{budget.epochs} epochs, about {duration(budget.seconds)}"),
+        *(("check", note) for note in plan.notes),
+        ("wrote", ", ".join(str(path) for path in (output, *plan.division.files))),
+    ]
+    return [f"{title:9} {one_line(text)}" for title, text in rows]
+
+
+def _tell_problems(problems: list[str], folder: Path) -> None:
+    if not problems:
+        return
+    more = [f"... and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    head = f"{len(problems)} problem{'s' if len(problems) > 1 else ''} to put right before training starts:"
+    lines = [head, *(f"- {one_line(problem)[:300]}" for problem in problems[:_SHOWN]), *more]
+    print(
+        "\n".join([*lines, f"All of them, with what to do: {command('visattn', 'doctor', str(folder))}"]),
+        file=sys.stderr,
+    )

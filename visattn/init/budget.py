@@ -1,0 +1,214 @@
+"""How large, how many at once and how long: what a network costs, and what a machine can pay.
+
+Memory and time were measured for the networks that `choose_network` picks: bytes kept for the backward pass by hooks on
+the saved tensors, processor time of training steps with one thread.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from visattn.init.machine import Machine
+from visattn.labels import Labels
+
+MULTIPLE = 32  # the coarsest maps of the backbones are 32 times smaller than the image
+SMALLEST = 64
+BATCH = 16  # what the learning rate of 5e-4 was tried with
+CPU_SECONDS = 30 * 60.0
+
+_CPU_SIDE = 512
+_GPU_SIDES = ((16e9, 512), (0.0, 352))  # from this memory on, the longest side of a square worth its time
+_USED = 0.8  # share of the GPU's memory to plan for; the rest is for the workspace of convolutions and for others
+_RESERVE = 1.5e9  # bytes that CUDA and its libraries take before the first image
+_STATE = 16  # bytes a parameter: weight, gradient and the two moments of Adam
+_EXTRA_CORE = 0.75  # what each core after the first adds
+_MOST_CORES = 8
+_VALIDATION = (0.02, 0.35)  # seconds an image for the metrics, and the share of a training step that a prediction costs
+_GPU_PASSES = 67.0  # images a second at 352 x 352 on an H200 that five runs shared
+_GPU_PIXELS = 352 * 352
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with what it costs.
+
+    Args:
+        title: Its name for people.
+        arguments: The recipe's `network` block.
+        why: Why this one.
+        parameters: Number of parameters.
+        pixel_bytes: Memory for each pixel of an image in training, in bytes.
+        seconds: Time of one image in training on one core: fixed, and for each megapixel.
+    """
+
+    title: str
+    arguments: dict[str, Any]
+    why: str
+    parameters: float
+    pixel_bytes: float
+    seconds: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What fits.
+
+    Args:
+        size: Height and width for the network, multiples of 32.
+        batch: Images in a step.
+        accumulate: Steps whose gradients are added up before the weights change.
+        epochs: Passes over the training images.
+        seconds: The time that this takes, roughly.
+        why: For size, batch and epochs, what decided.
+    """
+
+    size: tuple[int, int]
+    batch: int
+    accumulate: int
+    epochs: int
+    seconds: float
+    why: dict[str, str] = field(default_factory=dict)
+
+
+def choose_network(labels: Labels, machine: Machine) -> Network:
+    """The network for these labels on this machine; the one place that decides it."""
+    classes = 52.0 * (labels.channels - 1)  # bytes that one more output channel costs a pixel
+    if machine.device == "cpu":
+        arguments = {"name": "pranet", "backbone": "resnet18", "pretrained": False}
+        why = "resnet18 takes a third of the time of res2net50d, the paper's backbone, which suits a GPU"
+        return Network("PraNet", arguments, why, 17.1e6, 700 + classes, (0.045, 3.6))
+    arguments = {"name": "pranet", "backbone": "res2net50d", "pretrained": False}
+    return Network("PraNet", arguments, "the paper's backbone", 30.5e6, 2660 + classes, (0.08, 12.2))
+
+
+def plan_budget(
+    network: Network, machine: Machine, sizes: Sequence[tuple[int, int]], training: int, validation: int
+) -> Budget:
+    """Choose size, batch and epochs.
+
+    Args:
+        network: What is to be trained.
+        machine: Where.
+        sizes: Height and width of every image.
+        training: Number of training images.
+        validation: Number of validation images.
+    """
+    # Four steps an epoch at least, but no batch so small that its norms are noise, unless the data set is.
+    wanted = min(BATCH, max(4 if training >= 8 else 2, _power(training // 4)))
+    native, aspect, shape = _shape(sizes)
+    if machine.device == "cpu":
+        return _cpu_budget(network, machine, sizes, wanted, training, validation)
+    room = _USED * machine.gpu_memory - _RESERVE - _STATE * network.parameters
+    cap = next(side for least, side in _GPU_SIDES if machine.gpu_memory >= least)
+    for side in _sides(min(native, cap)):
+        size = _size(side, aspect)
+        image = network.pixel_bytes * size[0] * size[1]
+        fits = int(room / image)
+        if fits >= min(wanted, 4):
+            break
+    batch = min(wanted, max(2, _power(fits)))
+    limit = f"{cap} x {cap} is enough to begin with" if side >= cap else f"no more fits into {machine.gpu_memory_text}"
+    accumulate = wanted // batch
+    passes = min(max(150 * training, 1500 * wanted), 200_000)
+    epochs = min(max(_whole(passes / training), 5), 300)
+    rate = _GPU_PASSES * _GPU_PIXELS / (size[0] * size[1])
+    seconds = epochs * (training / rate + validation * (_VALIDATION[1] / rate + _VALIDATION[0]))
+    why = {
+        "size": _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "batch": f"what fits into {machine.gpu_memory_text}" if batch < wanted else _batch_reason(batch, training),
+        "epochs": f"{epochs * training} images seen in all, {_steps(epochs, training, batch, accumulate)} steps",
+    }
+    why["batch"] += f"; each image takes about {image / 1e6:.0f} MB"
+    return Budget(size, batch, accumulate, epochs, seconds, why)
+
+
+def _cpu_budget(
+    network: Network, machine: Machine, sizes: Sequence[tuple[int, int]], batch: int, training: int, validation: int
+) -> Budget:
+    native, aspect, shape = _shape(sizes)
+    speed = 1 + _EXTRA_CORE * (min(machine.cores, _MOST_CORES) - 1)
+    epochs = min(_whole(min(max(60 * training, 500 * batch), 24_000) / training), 200)
+
+    def seconds(size: tuple[int, int]) -> float:
+        step = network.seconds[0] + network.seconds[1] * size[0] * size[1] / 1e6
+        return (training * step + validation * (_VALIDATION[1] * step + _VALIDATION[0])) / speed
+
+    for side in _sides(min(native, _CPU_SIDE)):
+        size = _size(side, aspect)
+        if epochs * seconds(size) <= CPU_SECONDS or side <= 96:
+            break
+    affordable = max(1, int(CPU_SECONDS / seconds(size)))
+    enough = "enough for a first result" if affordable >= epochs else "what this machine can do in that time"
+    epochs = min(epochs, affordable)
+    if side >= _CPU_SIDE:
+        limit = f"{_CPU_SIDE} x {_CPU_SIDE} is enough to begin with"
+    else:
+        limit = f"more takes long on {machine.described}; thin or small things need a GPU"
+    why = {
+        "size": _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "batch": _batch_reason(batch, training),
+        "epochs": f"about {duration(epochs * seconds(size))}, {_steps(epochs, training, batch, 1)} steps: {enough}",
+    }
+    return Budget(size, batch, 1, epochs, epochs * seconds(size), why)
+
+
+def duration(seconds: float) -> str:
+    """A rough time in words."""
+    if seconds < 90:
+        return "a minute"
+    if seconds < 10 * 60:
+        return f"{round(seconds / 60)} minutes"
+    if seconds < 100 * 60:
+        return f"{5 * round(seconds / 300)} minutes"
+    return f"{seconds / 3600:.0f} hours"
+
+
+def _shape(sizes: Sequence[tuple[int, int]]) -> tuple[float, float, str]:
+    """The side of a square as large as the median image, the width over height to train at, and why that."""
+    areas = sorted(height * width for height, width in sizes)
+    aspects = sorted(width / height for height, width in sizes)
+    side, middle = math.sqrt(areas[len(areas) // 2]), aspects[len(aspects) // 2]
+    # Images of several shapes are all bent to one; a square bends the fewest of them far.
+    if aspects[-1] / aspects[0] > 1.05 and 2 / 3 < middle < 3 / 2:
+        return side, 1.0, "a square, because the images differ in shape"
+    return side, 1.0 if 0.9 < middle < 1.1 else middle, "the images' shape"
+
+
+def _sides(start: float) -> range:
+    return range(max(SMALLEST, _round(start)), SMALLEST - 1, -MULTIPLE)
+
+
+def _size(side: float, aspect: float) -> tuple[int, int]:
+    return max(SMALLEST, _round(side / math.sqrt(aspect))), max(SMALLEST, _round(side * math.sqrt(aspect)))
+
+
+def _whole(epochs: float) -> int:
+    """A round number of epochs, at least 1."""
+    return max(1, 5 * round(epochs / 5) if epochs > 20 else round(epochs))
+
+
+def _power(number: int) -> int:
+    """The largest power of two up to `number`, at least 1."""
+    return 1 << max(0, number.bit_length() - 1) if number > 0 else 1
+
+
+def _round(side: float) -> int:
+    return MULTIPLE * math.floor(side / MULTIPLE + 0.5)
+
+
+def _steps(epochs: int, training: int, batch: int, accumulate: int) -> int:
+    return epochs * max(1, training // batch // accumulate)
+
+
+def _size_reason(native: float, shape: str, limit: str) -> str:
+    if not limit:
+        return f"about as large as the images; {shape}"
+    return f"half of the images have more than {native:.0f} x {native:.0f} pixels, but {limit}; {shape}"
+
+
+def _batch_reason(batch: int, training: int) -> str:
+    if batch == BATCH:
+        return "what the learning rate was tried with"
+    steps = max(1, training // batch)
+    return f"leaves {steps} step{'s' if steps > 1 else ''} in each epoch of {training} images"
