@@ -7,10 +7,10 @@ from pathlib import Path
 
 from visattn.compare.page import write_page
 from visattn.compare.result import Result, compare
-from visattn.compare.runs import read_runs
+from visattn.compare.runs import printable, read_runs
 from visattn.compare.show import show
 from visattn.errors import UserError
-from visattn.files import write_text_atomic
+from visattn.files import write_bytes_atomic, write_text_atomic
 from visattn.scored import CASES, SUMMARY
 
 
@@ -37,7 +37,7 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None, as_json: b
         show(result)
     if output is not None:
         _write(result, output)
-        print(f"written: {output}", file=sys.stderr if as_json else sys.stdout)
+        print(f"written: {printable(str(output), 300)}", file=sys.stderr if as_json else sys.stdout)
     return 0
 
 
@@ -53,7 +53,8 @@ def _check_output(output: Path) -> None:
 def _write(result: Result, output: Path) -> None:
     try:
         write_text_atomic(output / "compare.json", json.dumps(result.to_json(), indent=2) + "\n")
-        write_text_atomic(output / "compare.csv", result.to_csv())
+        # A folder's name need not be UTF-8; it passes through as the bytes it is.
+        write_bytes_atomic(output / "compare.csv", result.to_csv().encode("utf-8", "surrogateescape"))
         write_page(result, output)
     except OSError as error:
         raise UserError(f"--output {output}: cannot be written: {error.strerror}.") from error

@@ -1,5 +1,6 @@
 """Pictures of a comparison: paired scores of all cases, and the outlines of those that differ most, side by side."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.compare.result import Change, Result
-from visattn.compare.runs import Run
+from visattn.compare.runs import Run, inputs_of
 from visattn.compare.show import interval, number
 from visattn.errors import UserError
 from visattn.files import atomic_write
@@ -16,7 +17,7 @@ from visattn.metrics import METRICS
 from visattn.metrics.paired import gains, pair_up
 from visattn.overlay import draw_overlay
 from visattn.report import picture_uri
-from visattn.scored import Input, load_case
+from visattn.scored import load_case
 
 # Okabe and Ito's palette, as in visattn.curves; shapes tell the same as colours
 _BETTER, _WORSE, _GREY = "#0072B2", "#D55E00", "#777777"
@@ -86,7 +87,9 @@ def write_plot(result: Result, path: Path) -> Path | None:
     for index in range(rows):
         _draw_scatter(figure.add_subplot(rows, 2, 2 * index + 1), result, index)
         _draw_gains(figure.add_subplot(rows, 2, 2 * index + 2), result, index)
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        # A name in a script that matplotlib's font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         # Without the entry that names the library's version, equal numbers give equal files.
         figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
@@ -153,7 +156,7 @@ def _label(text: str) -> str:
 
 
 def _load(run: Run, case: tuple[str, str]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], NDArray[np.uint8]]:
-    entry = _inputs(run).get(case)
+    entry = inputs_of(run).get(case)
     if entry is None:
         raise UserError(f"{run.name} does not say where the files of this case are.")
     image, truth, prediction = load_case(entry, run.scored.labels)
@@ -162,10 +165,6 @@ def _load(run: Run, case: tuple[str, str]) -> tuple[NDArray[np.uint8] | None, ND
             raise UserError(f"{run.name} kept no predicted mask of this case.")
         prediction = np.zeros_like(truth)  # evaluate counted the missing mask as a miss
     return image, truth, prediction
-
-
-def _inputs(run: Run) -> dict[tuple[str, str], Input]:
-    return {(group or case, case): entry for (group, case), entry in run.scored.inputs.items()}
 
 
 def _scores(run: Run, row: int) -> str:

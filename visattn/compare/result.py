@@ -82,7 +82,7 @@ class Result:
             "visattn": __version__,
             "baseline": self.baseline.name,
             "runs": [
-                {"name": run.name, "folder": str(run.scored.folder), "recipe": run.scored.summary.get("recipe")}
+                {"name": run.name, "folder": str(run.scored.folder), "recipe": run.recipe}
                 for run in (self.baseline, *self.runs)
             ],
             "cases": len(self.baseline.table.cases),

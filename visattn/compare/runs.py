@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from visattn.data.images import read_mask
 from visattn.errors import UserError
+from visattn.labels import Labels
 from visattn.metrics.table import CaseTable
-from visattn.scored import CASES, Scored, read_scored
+from visattn.scored import CASES, Input, Scored, read_scored
 
 _NAMED = 4  # cases that a refusal names on either side
 # Folders whose name says nothing without that of the folder around them: evaluations of a run, folds, its time.
@@ -37,6 +39,12 @@ class Run:
     scored: Scored
     table: CaseTable
     splits: dict[Case, str]
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe it was trained by, where it is a run of ours."""
+        name = self.scored.summary.get("recipe")
+        return name if isinstance(name, str) else None
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -78,6 +86,11 @@ def display_names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
+def inputs_of(run: Run) -> dict[Case, Input]:
+    """Where the files of each case are, as far as the run says so."""
+    return {(group or case, case): entry for (group, case), entry in run.scored.inputs.items()}
+
+
 def printable(text: str, limit: int = 60) -> str:
     """`text` on one line, without what would steer a terminal, and cut if it is long."""
     clean = "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -102,6 +115,8 @@ def _read(folder: Path, name: str) -> Run:
         table = CaseTable.from_rows(scored.rows)
     except ValueError as error:
         raise UserError(f"{folder / CASES}: {error}.\nScore the cases again.") from error
+    if any(np.isinf(values).any() for values in table.values.values()):
+        raise UserError(f"{folder / CASES}: holds infinite values.\nLeave a cell empty where a measure is undefined.")
     splits = {(row["group"] or row["case"], row["case"]): row.get("split", "") for row in scored.rows}
     return Run(name, scored, table, splits)
 
@@ -150,7 +165,8 @@ def _check_cases(baseline: Run, run: Run) -> None:
 
 def _check_splits(baseline: Run, run: Run) -> None:
     for case, split in baseline.splits.items():
-        if split != run.splits[case]:
+        # What `visattn evaluate` scored belongs to no split.
+        if split and run.splits[case] and split != run.splits[case]:
             raise UserError(
                 f"{_of(baseline)} and {_of(run)} were scored on different splits: '{_case(case)}' is in "
                 f"'{printable(split)}' and in '{printable(run.splits[case])}'.\n"
@@ -159,9 +175,33 @@ def _check_splits(baseline: Run, run: Run) -> None:
 
 
 def _check_truth(baseline: Run, run: Run) -> None:
-    """Refuse where the true masks cannot have been the same: a class was there for one run and not for the other."""
-    if "fpr_empty" not in baseline.table.values or "fpr_empty" not in run.table.values:
-        return
+    """Refuse where the true masks differ: by the scores, or by the files where both runs name some."""
+    if "fpr_empty" in baseline.table.values and "fpr_empty" in run.table.values:
+        _check_presence(baseline, run)
+    ours, theirs = inputs_of(baseline), inputs_of(run)
+    for case in baseline.table.cases:
+        first, second = (inputs[case].truth if case in inputs else None for inputs in (ours, theirs))
+        if first is None or second is None or first == second:
+            continue
+        try:
+            same = first.read_bytes() == second.read_bytes() or _same_mask(baseline.scored.labels, first, second)
+        except (OSError, UserError):
+            continue  # gone or replaced since: there is nothing to compare
+        if not same:
+            paths = "\n".join(printable(str(path), 200) for path in (first, second))
+            raise UserError(
+                f"The true masks of '{_case(case)}' differ:\n{paths}\n"
+                "Score both runs against the same true masks with visattn evaluate."
+            )
+
+
+def _same_mask(labels: Labels, first: Path, second: Path) -> bool:
+    masks = [labels.encode(read_mask(path), str(path)) for path in (first, second)]
+    return np.array_equal(masks[0], masks[1])
+
+
+def _check_presence(baseline: Run, run: Run) -> None:
+    """Refuse where a class was in the true mask for one run and not for the other."""
     empty, other = (np.isfinite(one.table.values["fpr_empty"]) for one in (baseline, run))
     for case, name in np.argwhere(empty != other):
         with_class, without = (run, baseline) if empty[case, name] else (baseline, run)

@@ -10,7 +10,7 @@ from visattn.metrics.paired import Difference
 
 HEADLINE = ("dice", "iou", "hd95", "nsd", "fpr_empty")
 """Measures on the terminal; files hold all."""
-_WIDTH = 100  # columns that the widest table needs
+_WIDTH = 116  # columns that the widest table needs
 
 
 def show(result: Result) -> None:
@@ -76,7 +76,7 @@ def _table(result: Result, run: int) -> Any:
     classes = len(result.baseline.table.classes) > 1
     several = _several(result)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     if classes:
         table.add_column("class", overflow="fold")
     for name in ("baseline", "run", "difference", "95 % interval", "p", *(["Holm"] if several else [])):
