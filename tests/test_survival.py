@@ -11,15 +11,29 @@ import torch
 from visattn import callbacks
 from visattn.cli import main
 
-SMALL = [
-    *"--model.network.backbone resnet10t --data.size 32 --data.batch_size 2 --data.num_workers 0".split(),
-    *"--data.split.val 0.34 --trainer.precision 32-true --trainer.accelerator cpu --trainer.max_epochs 2".split(),
-    *("--data.augment", "[{name: flip_horizontal}]"),
-]
+SMALL = {
+    "model.network.backbone": "resnet10t",
+    "data.size": "32",
+    "data.batch_size": "2",
+    "data.num_workers": "0",
+    "data.split.val": "0.34",
+    "data.augment": "[{name: flip_horizontal}]",
+    "trainer.precision": "32-true",
+    "trainer.accelerator": "cpu",
+    "trainer.max_epochs": "2",
+}
 
 
-def run_fit(polyps: Path, run: Path, *more: str) -> int:
-    return main(["fit", "--config", "polyp_pranet", "--run", str(run), "--data.root", str(polyps), *SMALL, *more])
+def arguments(polyps: Path, run: Path, **keys: str) -> list[str]:
+    """A training of 8 images in batches of 2, validated on 4; `keys` with __ for the dot win."""
+    words = ["fit", "--config", "polyp_pranet", "--run", str(run), "--data.root", str(polyps)]
+    for key, value in {**SMALL, **{key.replace("__", "."): value for key, value in keys.items()}}.items():
+        words += [f"--{key}", value]
+    return words
+
+
+def run_fit(polyps: Path, run: Path, resume: bool = False, **keys: str) -> int:
+    return main([*arguments(polyps, run, **keys), *(["--ckpt_path", "last"] if resume else [])])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -81,10 +95,9 @@ def send_at(monkeypatch, hook: str, epoch: int, batch: int | None, number: int =
     sent = []
 
     def send(self, trainer, *args, **kwargs):
-        index = args[-1] if batch is not None else None
-        if hook.startswith("on_validation") and batch is not None:
-            index = args[2]
-        if not sent and trainer.current_epoch == epoch and index == batch and not trainer.sanity_checking:
+        # The number of the batch is the last argument, but for validation's, whose loader comes after it.
+        index = None if batch is None else args[2] if hook.startswith("on_validation") else args[-1]
+        if not sent and trainer.current_epoch == epoch and index == batch:
             sent.append(True)
             os.kill(os.getpid(), number)
         return original(self, trainer, *args, **kwargs)
@@ -93,33 +106,66 @@ def send_at(monkeypatch, hook: str, epoch: int, batch: int | None, number: int =
 
 
 @pytest.fixture(scope="module")
-def whole(polyps, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    assert run_fit(polyps, folder) == 0
-    return folder
+def wholes(polyps, tmp_path_factory):
+    """Uninterrupted runs by their keys, each made once."""
+    made: dict[tuple[tuple[str, str], ...], Path] = {}
+
+    def make(**keys: str) -> Path:
+        folder = made.get(tuple(keys.items()))
+        if folder is None:
+            folder = made[tuple(keys.items())] = tmp_path_factory.mktemp("whole") / "run"
+            assert run_fit(polyps, folder, **keys) == 0
+        return folder
+
+    return make
 
 
+def stop_and_continue(polyps, run, monkeypatch, capsys, at, **keys: str) -> str:
+    """Stop a run at a point, continue it to the end; what the stopped one said."""
+    with monkeypatch.context() as patch:
+        send_at(patch, *at)
+        capsys.readouterr()
+        assert run_fit(polyps, run, **keys) == 143
+    said = capsys.readouterr().err
+    assert "stopped by SIGTERM" in said
+    saved = (run / "checkpoints/last.ckpt").is_file()
+    assert saved == ("--ckpt_path last" in said)
+    torch.manual_seed(4)  # whatever happens in between must not matter
+    # More loading processes than before: they ask for batches ahead, and must change nothing.
+    assert run_fit(polyps, run, resume=saved, **{**keys, "data__num_workers": "2"}) == 0
+    return said
+
+
+def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(wholes, polyps, tmp_path, monkeypatch, capsys):
+    at = ("on_train_batch_end", 1, 1)
+    said = stop_and_continue(polyps, tmp_path / "run", monkeypatch, capsys, at)
+    assert "holds epoch 2, step 6" in said
+    assert_equal_runs(wholes(), tmp_path / "run")
+
+
+@pytest.mark.slow  # a few seconds for each point
 @pytest.mark.parametrize(
-    ("hook", "epoch", "batch"),
+    ("at", "keys"),
     [
-        ("on_train_batch_start", 0, 0),
-        ("on_train_batch_end", 0, 1),
-        ("on_train_batch_end", 1, 3),
-        ("on_validation_batch_start", 0, 1),
-        ("on_validation_epoch_end", 1, None),
-        ("on_train_epoch_end", 0, None),
-        ("on_train_epoch_end", 1, None),
+        (("on_sanity_check_start", 0, None), {}),
+        (("on_train_batch_start", 0, 0), {}),
+        (("on_train_batch_end", 1, 3), {}),
+        (("on_validation_batch_start", 0, 1), {}),
+        (("on_validation_epoch_end", 1, None), {}),
+        (("on_train_epoch_end", 0, None), {}),
+        (("on_train_epoch_end", 1, None), {}),
+        (("on_train_batch_end", 1, 0), {"model__ema": "0.9", "model__schedule": "{name: poly, warmup_epochs: 1}"}),
+        (("on_validation_batch_start", 1, 0), {"model__ema": "0.9"}),
+        (("on_train_batch_end", 0, 0), {"trainer__accumulate_grad_batches": "2"}),
+        (("on_train_batch_end", 0, 2), {"trainer__accumulate_grad_batches": "3"}),
+        (("on_train_batch_end", 1, 1), {"trainer__val_check_interval": "0.5"}),
+        (("on_validation_batch_start", 1, 0), {"trainer__val_check_interval": "0.5"}),
+        (("on_train_batch_end", 1, 0), {"trainer__check_val_every_n_epoch": "2"}),
+        (("on_train_batch_end", 1, 0), {"trainer__max_steps": "6"}),
+        (("on_train_epoch_end", 0, None), {"trainer__max_steps": "6"}),
+        (("on_train_batch_end", 1, 1), {"data__scales": "[0.75, 1]", "data__size": "64"}),
     ],
 )
-def test_stopped_and_continued_equals_uninterrupted(whole, polyps, tmp_path, monkeypatch, capsys, hook, epoch, batch):
-    send_at(monkeypatch, hook, epoch, batch)
-    assert run_fit(polyps, tmp_path / "run") == 143
-    monkeypatch.undo()
-    error = capsys.readouterr().err
-    assert "stopped by SIGTERM" in error
-    print(error)
-    more = ["--ckpt_path", "last"] if (tmp_path / "run/checkpoints/last.ckpt").is_file() else []
-    assert bool(more) == ("--ckpt_path last" in error)
-    torch.manual_seed(4)
-    assert run_fit(polyps, tmp_path / "run", *more) == 0
-    assert_equal_runs(whole, tmp_path / "run")
+def test_wherever_it_is_stopped(wholes, polyps, tmp_path, monkeypatch, capsys, at, keys):
+    stop_and_continue(polyps, tmp_path / "run", monkeypatch, capsys, at, **keys)
+    assert_equal_runs(wholes(**keys), tmp_path / "run")

@@ -62,8 +62,9 @@ def held(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: cannot be written: {error.strerror}. Name another with --run") from error
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock, which forked loading processes inherit and hold for seconds after this one was killed.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise UserError(f"{folder}: another process is training there. Wait for it, or stop it") from None
         except OSError:  # a file system without locks
             pass
