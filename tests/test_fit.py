@@ -92,6 +92,9 @@ def test_cases_are_scored_on_exactly_what_predict_writes(run, polyps, tmp_path):
         truth = np.asarray(Image.open(polyps / "masks" / f"{row['case']}.png"))
         (written,) = tmp_path.rglob(f"{row['case']}.png")
         predicted = np.asarray(Image.open(written))
+        kept = np.asarray(Image.open(run / "masks" / f"{row['case']}.png"))
+        assert kept.dtype == np.uint8
+        assert (kept != predicted).mean() < 1e-3, "a batch of several may round otherwise than one image"
         scores = case_metrics(labels.encode(predicted, "p"), labels.encode(truth, "t"), labels)[0]
         if row["dice"] == "":
             assert scores["dice"] is None
