@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from visattn.errors import UserError
-from visattn.optimizers import build_optimizer, build_schedule, freeze, parameter_groups
+from visattn.optimizers import build_optimizer, build_schedule, freeze, parameter_groups, state_bytes
 
 
 class Net(nn.Module):
@@ -46,6 +48,46 @@ def test_schedule_warms_up_then_falls_to_zero():
     assert rates[4] == pytest.approx(1.0)
     assert rates[12] == pytest.approx(0.5)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.0)
+
+
+FORMULAS = [
+    ({"name": "cosine"}, lambda p: (1 + math.cos(math.pi * p)) / 2),
+    ({"name": "cosine", "floor": 0.1}, lambda p: 0.1 + 0.9 * (1 + math.cos(math.pi * p)) / 2),
+    ({"name": "poly"}, lambda p: (1 - p) ** 0.9),
+    ({"name": "poly", "power": 2}, lambda p: (1 - p) ** 2),
+    ({"name": "step"}, lambda p: 1 if p < 0.6 else 0.1 if p < 0.85 else 0.01),
+    ({"name": "step", "milestones": [0.5], "gamma": 0.3}, lambda p: 1 if p < 0.5 else 0.3),
+    ({"name": "constant"}, lambda p: 1),
+]
+
+
+@pytest.mark.parametrize(("config", "formula"), FORMULAS, ids=lambda value: str(value) if type(value) is dict else "")
+@pytest.mark.parametrize("warmup_epochs", [0, 2.5])
+def test_every_schedule_follows_its_formula_at_every_step(config, formula, warmup_epochs):
+    total, per_epoch, lr = 44, 4, 0.3
+    warmup = round(warmup_epochs * per_epoch)
+    optimizer = build_optimizer({"name": "sgd", "lr": lr}, Net())
+    schedule = build_schedule({**config, "warmup_epochs": warmup_epochs}, optimizer, total, per_epoch)
+    for done in range(total):
+        share = (done + 1) / (warmup + 1) if done < warmup else formula((done - warmup) / (total - warmup))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * share, abs=1e-9), done
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_bytes_of_an_optimiser_are_those_it_has_after_a_step():
+    for config in (
+        {"name": "adamw"},
+        {"name": "adam", "amsgrad": True},
+        {"name": "sgd", "momentum": 0.9},
+        {"name": "sgd"},
+    ):
+        net = Net()
+        optimizer = build_optimizer({"lr": 0.1, **config}, net)
+        net.head(net.backbone(torch.ones(1, 3))).sum().backward()
+        optimizer.step()
+        tensors = [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v) and v.ndim]
+        assert state_bytes(optimizer) == sum(v.numel() * v.element_size() for v in tensors), config
 
 
 def test_schedule_names_its_keys():

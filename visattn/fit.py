@@ -118,6 +118,8 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     if not data.cases["val"]:
         raise UserError("data.split: there are no validation cases, and best.ckpt is chosen on them; set split.val")
     task.configure_model()  # finds what is wrong with network and loss, likewise
+    # At the worst moment best and last lie beside the one that is being written.
+    refuse_too_small(run or root, task.checkpoint_bytes(), 1 if checkpoint else 3)
     if checkpoint is None:
         run = start_run(root, name, run)
     else:
@@ -129,8 +131,6 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
             earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
             for folder in (run, run / "checkpoints"):
                 remove_leftovers(folder)
-            # At the worst moment best and last lie beside the one that is being written.
-            refuse_too_small(run, task.checkpoint_bytes(), 1 if checkpoint else 3)
             write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
             data.write_splits(run / "splits.json")
         return _train(cli, task, data, run, checkpoint, request)

@@ -19,7 +19,7 @@ def refuse_unwritable(folder: Path, option: str) -> None:
     Raises:
         UserError: It is read-only, full, or a file; `option` names what to change.
     """
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    place = _nearest(folder)
     if not place.is_dir():
         raise UserError(f"{option}: {folder} cannot be a folder: {place} is a file")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -32,20 +32,25 @@ def refuse_too_small(folder: Path, checkpoint: int, count: int) -> None:
     """Compare what a run needs with what is free.
 
     Args:
-        folder: The run folder, which exists.
+        folder: The run folder, or the one that it will be made in.
         checkpoint: Bytes of one checkpoint.
         count: How many will be written beside what lies there already.
 
     Raises:
         UserError: It does not fit.
     """
-    free, needed = shutil.disk_usage(folder).free, checkpoint * count + MARGIN
+    place = _nearest(folder)
+    free, needed = shutil.disk_usage(place).free, checkpoint * count + MARGIN
     if free < needed:
         raise UserError(
-            f"{folder}: {free / 1e6:.0f} MB are free, and this run needs about {needed / 1e6:.0f} MB "
-            f"({count} checkpoints of {checkpoint / 1e6:.0f} MB).\n"
-            "Free space, or name another disk with --run or trainer.default_root_dir."
+            f"{place}: {free / 1e6:.0f} MB are free, and this run needs about {needed / 1e6:.0f} MB "
+            f"({count} x {checkpoint / 1e6:.0f} MB of checkpoints).\n"
+            "Free space, or name a folder on another disk with --run or trainer.default_root_dir."
         )
+
+
+def _nearest(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 @contextmanager
