@@ -121,7 +121,7 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
     pictures: dict[str, Path] = {}
     if images is not None:
         pictures = _keys(images, output, "images", problems)
-    elif any(_layout(path.parents[1]) for path in true.values()):
+    elif any(truth in path.parents[1:] and _layout(path.parents[1]) for path in true.values()):
         pictures = _keys(truth, output, "images", [])
     stems = [_by_stem(keys) for keys in (true, predicted)]
     clash = next((pair for _, pair in stems if pair), None)
