@@ -290,6 +290,7 @@ def test_two_processes_share_one_run_and_score_every_case_once(polyps, tmp_path)
     (run,) = (root / "polyp_pranet").iterdir()
     cases = [row["case"] for row in rows_of(run / "cases.csv")]
     assert len(cases) == len(set(cases)) == 4
+    assert {path.stem for path in (run / "masks").iterdir()} == set(cases), "each process writes its own"
 
 
 @pytest.mark.slow  # real networks, as the recipes say

@@ -1,19 +1,22 @@
 import csv
 import json
+import re
 import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from visattn import NOTICE
 from visattn.curves import read_metrics
 from visattn.errors import UserError
+from visattn.folds_file import Folds, write_folds
 from visattn.overlay import write_png
 from visattn.report import write_curves, write_report
 
-VOID = {"meta", "img", "br", "line", "rect"}
+SHAPES = {"line", "rect", "circle", "polyline"}
 SCRIPT = '<script>alert("x")</script>'
 
 
@@ -31,9 +34,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(tag, *pair) for pair in attrs]
-        if tag not in {"meta", "img", "br"} and not (
-            tag in {"line", "rect"} and self.get_starttag_text().endswith("/>")
-        ):
+        if tag not in {"meta", "img", "br"} and not (tag in SHAPES and self.get_starttag_text().endswith("/>")):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
@@ -118,6 +119,8 @@ def test_it_needs_no_network_and_runs_nothing(run):
         if name in {"src", "href", "srcset", "xlink:href"}:
             assert tag == "img"
             assert value.startswith("data:image/")
+        if name == "style":
+            assert re.fullmatch(r"--share: [01]\.\d{3}|stroke: #[0-9a-f]{6}", value)
     assert "url(" not in page.source
     assert "@import" not in page.source
     policy = [value for tag, name, value in page.attributes if name == "content" and "default-src" in value]
@@ -136,6 +139,17 @@ HOSTILE = [
 ]
 
 
+def add(run, **entries):
+    """Add entries to the summary of a run."""
+    path = run / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def bins(count, confidence=None, frequency=None, ece=0.0125):
+    middle = [(index + 0.5) / 10 if n else None for index, n in enumerate(count)]
+    return {"count": count, "confidence": confidence or middle, "frequency": frequency or middle, "ece": ece}
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_names_are_text(run, name):
     write_cases(
@@ -150,10 +164,22 @@ def test_hostile_names_are_text(run, name):
     (run / "config.yaml").write_text(name)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name.removeprefix("'"))
     write_png(run / "overlays" / f"worst-3-{safe}.png", np.zeros((4, 4, 3), np.uint8))
+    add(
+        run,
+        labels={"labels": {"background": 0, name: 1, f"{name}2": 2}},
+        confusion={"names": ["background", name, f"{name}2"], "counts": [[5, 1, 0], [2, 7, 1], [0, 0, 0]]},
+        calibration={name: bins([9, 0, 0, 0, 3, 0, 0, 0, 0, 4]), f"{name}2": bins([0] * 10, ece=None)},
+        prediction=name,
+        truth=name,
+        versions={name: name},
+        hardware=name,
+        recipe=name,
+    )
     page = Page(write_report(run))
     assert set(page.tags) <= {
         "html", "head", "meta", "title", "style", "body", "header", "main", "section", "footer", "p", "h1", "h2", "h3",
-        "bdi", "strong", "div", "figure", "figcaption", "svg", "line", "rect", "text", "details", "summary", "table",
+        "bdi", "strong", "div", "figure", "figcaption", "svg", "line", "rect", "text", "circle", "polyline",
+        "details", "summary", "table",
         "thead", "tbody", "tr", "th", "td", "span", "img", "br", "dl", "dt", "dd", "code", "pre",
     }  # fmt: skip
     assert page.tags.count("img") == 5
@@ -261,3 +287,202 @@ def test_without_the_extra_nothing_breaks(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert write_curves(run) is None
     assert not (run / "report.html").exists()
+
+
+def test_confusion_of_classes(run):
+    names = ["background", "rim", "core"]
+    add(run, confusion={"names": names, "counts": [[99_990, 9, 1], [250, 750, 0], [0, 0, 0]]})
+    page = Page(write_report(run))
+    assert "All 101 000 pixels" in page.words
+    text = page.words[page.words.index("What is taken for what") :]
+    for line in (
+        "background > 99.9 % 99 990 < 0.1 % 9 < 0.1 % 1 100 000",
+        "rim 25.0 % 250 75.0 % 750 0.0 % 0 1 000",
+        "core \u2013 0 \u2013 0 \u2013 0 0",
+    ):
+        assert line in text
+    right = [value for tag, key, value in page.attributes if tag == "td" and key == "class" and "right" in value]
+    assert len(right) == 3
+    shares = [value for tag, key, value in page.attributes if tag == "td" and key == "style"]
+    assert shares[3:6] == ["--share: 0.250", "--share: 0.750", "--share: 0.000"]
+
+
+def test_confusion_of_regions(run):
+    add(run, confusion={"regions": {"whole": [[90, 10], [0, 100]], "centre": [[150, 0], [25, 25]]}})
+    text = Page(write_report(run)).words
+    assert "All 200 pixels of all cases, for each region" in text
+    assert "whole Truth outside predicted inside predicted Pixels outside 90.0 % 90 10.0 % 10 100" in text
+    assert "inside 50.0 % 25 50.0 % 25 50" in text
+
+
+def test_many_classes_are_summed_up(run):
+    count = 254
+    names = [f"class {index}" for index in range(count)]
+    counts = np.eye(count, dtype=int) * 1000
+    counts[3, 200], counts[7, 0] = 500, 2
+    calibration = {name: bins([10] + [0] * 9, ece=index / 1000) for index, name in enumerate(names[1:])}
+    add(
+        run,
+        confusion={"names": names, "counts": counts.tolist()},
+        calibration=calibration,
+        labels={"labels": {name: index for index, name in enumerate(names)}},
+    )
+    page = Page(write_report(run))
+    assert "Pixels Of the true class class 3 class 200 500 33.3" in page.words
+    assert page.words.count("mean error (ECE)") == 12
+    assert "class 253 mean error (ECE) 0.252" in page.words, "the worst"
+    assert "and 241 classes more" in page.words
+    assert "and 234 more" in page.words
+    assert len(page.source) < 300_000
+    write_cases(run, [case("a", 0.5, name) for name in (f"class {index}" for index in range(300))])
+    page = Page(write_report(run))
+    assert "Dice 0.500, IoU 0.500; and 294 classes more" in page.words
+
+
+def test_calibration(run):
+    perfect = [(index + 0.5) / 10 for index in range(10)]
+    add(run, calibration={"polyp": bins([100_000, *[10] * 8, 5000], perfect, [*perfect[:9], 0.5])})
+    page = Page(write_report(run))
+    assert "polyp mean error (ECE) 0.013 over 105 080 pixels" in page.words
+    dots = [dict(zip(*[iter(group)] * 2, strict=True)) for group in _circles(page)]
+    assert len(dots) == 10
+    assert (dots[0]["cx"], dots[0]["cy"]) == ("58.0", "238.0")
+    assert (dots[9]["cx"], dots[9]["cy"]) == ("274.0", "130.0"), "0.95 promised, 0.5 true: below the diagonal"
+    assert float(dots[0]["r"]) > float(dots[9]["r"]) > float(dots[5]["r"]) >= 2.5
+    assert "given 95.0 %: 50.0 % truly so" in page.words
+
+
+def _circles(page):
+    found = []
+    for tag, key, value in page.attributes:
+        if tag == "circle":
+            if key == "cx":
+                found.append([])
+            found[-1] += [key, value]
+    return found
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"confusion": []},
+        {"confusion": [1]},
+        {"confusion": {"names": ["a", "b"], "counts": [[1, 2]]}},
+        {"confusion": {"names": ["a", "b"], "counts": [[1, 2], [3]]}},
+        {"confusion": {"names": ["a"], "counts": [["1"]]}},
+        {"confusion": {"names": ["a"], "counts": [[-1]]}},
+        {"confusion": {"names": [1], "counts": [[1]]}},
+        {"confusion": {"regions": {"a": [[1, 2, 3], [4, 5, 6]]}}},
+        {"confusion": {"regions": [1]}},
+        {"calibration": [1]},
+        {"calibration": {"a": 3}},
+        {"calibration": {"a": {"count": [1], "confidence": [None], "frequency": [0.5], "ece": 0}}},
+        {"calibration": {"a": {"count": [1], "confidence": [2], "frequency": [0.5], "ece": 0}}},
+        {"calibration": {"a": {"count": [1], "confidence": [], "frequency": [0.5], "ece": 0}}},
+        {"calibration": {"a": {"count": [], "confidence": [], "frequency": [], "ece": "x"}}},
+        {"labels": {"labels": {"a": 1}}},
+        {"labels": {"mistake": {}}},
+        {"labels": "x"},
+    ],
+)
+def test_entries_of_another_form_are_told(run, entries):
+    add(run, **entries)
+    if entries == {"confusion": []}:
+        assert write_report(run)
+        return
+    with pytest.raises(UserError, match=r"summary\.json") as caught:
+        write_report(run)
+    assert len(str(caught.value).splitlines()) <= 6
+
+
+def test_nan_everywhere(run):
+    write_cases(run, [case(name, "nan", kind, hd95="nan") for name in "abc" for kind in ("x", "y")])
+    page = Page(write_report(run))
+    assert "nan" not in page.words.lower().split()
+    assert "mean Dice of" not in page.words
+
+
+def test_a_very_long_name(run):
+    name = "very_long_" * 500
+    write_cases(run, [case(name, 0.5, name)])
+    add(run, recipe=name, calibration={name: bins([1] * 10)})
+    assert Page(write_report(run)).words.count(name) >= 4
+
+
+def test_the_words_fit_what_was_scored(run):
+    page = Page(write_report(run))
+    assert "predicted and true area match with a mean Dice of 0.500 ; 1 of 3 cases stays below 0.5" in page.words
+    assert "from a probability of 0.5 on" in page.words
+    add(run, labels={"labels": {"background": 0, "a": 1, "b": 2}})
+    assert "each pixel belongs to its most probable class" in Page(write_report(run)).words
+    write_cases(run, [case("b", 0.75, group="p"), case("d", 0.5, group="p")])
+    page = Page(write_report(run))
+    assert "no case stays below 0.5" in page.words
+    assert "In 2 cases of 1 group (patients, videos)" in page.words
+
+
+def test_masks_of_another_tool(run):
+    """What `visattn evaluate` writes has no checkpoint, recipe, curves or fingerprint."""
+    for path in (run / "metrics.csv", run / "config.yaml", run / "curves.png"):
+        path.unlink()
+    write_cases(run, [case("a", 0.5, split="test"), case("b", 0.7, split="test")])
+    summary = {"prediction": "/some/where/nnunet", "truth": "/some/where/masks", "split": "test"}
+    (run / "summary.json").write_text(json.dumps(summary | {"labels": {"labels": {"background": 0, "polyp": 255}}}))
+    page = Page(write_report(run))
+    assert page.words.startswith("nnunet \u00b7 visattn report")
+    for text in ("Scores of these masks", "Predicted masks /some/where/nnunet", "True masks /some/where/masks",
+                 "background 0, polyp 255"):  # fmt: skip
+        assert text in page.words, text
+    for text in ("checkpoint", "Checkpoint", "probability of", "Fingerprint", "Recipe", "Training", "unknown"):
+        assert text not in page.words, text
+
+
+@pytest.fixture
+def folds(run):
+    root = run / "root"
+    names = ["fold-0", "fold-1", "fold-2"]
+    write_folds(Folds(root, 3, "polyp_pranet", "f00d"), [{"train": ["b"], "val": ["a"]}] * 3)
+    for number, name in enumerate(names[:2]):
+        (root / name).mkdir()
+        write_cases(root / name, [case("a", 0.2 + 0.2 * number), case("b", 0.3 + 0.2 * number)])
+    (root / "fold-0" / "report.html").touch()
+    (root / "summary.json").write_text(json.dumps({"recipe": "polyp_pranet", "split": "val", "folds": []}))
+    write_cases(root, [case("a", 0.5), case("b", 0.75)])
+    return root
+
+
+def test_a_run_with_folds(folds):
+    page = Page(write_report(folds))
+    assert "divided into 3 parts" in page.words
+    assert "fold-0 0.250" in page.words
+    assert "fold-1 0.450" in page.words
+    assert "fold-2 not finished" in page.words
+    assert "scored by the fold that had not trained on it" in page.words
+    assert [value for tag, key, value in page.attributes if tag == "a"] == ["fold-0/report.html"]
+
+
+def test_folds_that_name_other_places_are_refused(folds):
+    content = json.loads((folds / "folds.json").read_text())
+    (folds / "folds.json").write_text(json.dumps(content | {"runs": ["javascript:alert(1)", "..", "/"]}))
+    with pytest.raises(UserError, match=r"folds\.json"):
+        write_report(folds)
+
+
+def test_the_legend_stands_beside_the_lines(run, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **more: (figures.append(self), save(self, *args, **more))
+    )
+    # Lines through every corner.
+    rows = [f"{e},{e},{1.5 if e % 2 else 0},{e % 2},{e % 2},{1 - e % 2},0.1" for e in range(8)]
+    (run / "metrics.csv").write_text("\n".join(["epoch,step,train/loss,val/loss,val/dice,val/iou,lr", *rows]))
+    write_curves(run)
+    (figure,) = figures
+    assert len(figure.axes) == 2
+    for axes in figure.axes:
+        legend = axes.get_legend().get_window_extent()
+        assert not legend.overlaps(axes.get_window_extent())
+        assert not legend.overlaps(axes._left_title.get_window_extent())
+        assert figure.bbox.containsx(legend.x0)
+        assert figure.bbox.containsx(legend.x1)

@@ -10,7 +10,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from visattn import results
-from visattn.data.cases import PHANTOM, Case, embedded
+from visattn.data.cases import PHANTOM, PHANTOM_SEED, Case
+from visattn.data.phantom import phantom_images
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 from visattn.metrics import SUITES, SegmentationMetrics, case_metrics
@@ -163,8 +164,10 @@ def test_masks_of_somebody_else_are_never_replaced(tmp_path):
         results.earlier_masks(data / "other")
 
 
-def test_cases_of_the_phantom_are_named_not_copied(tmp_path):
-    names = ["phantom_0000", "phantom_0001"]
+def test_cases_of_the_phantom_are_named_not_copied(tmp_path, monkeypatch):
+    drawn = {name: (image, mask) for image, mask, name in phantom_images(2, PHANTOM_SEED)}
+    monkeypatch.setattr("visattn.data.cases.embedded", lambda: drawn)  # the whole set takes seconds
+    names = list(drawn)
     run = tmp_path / "run"
     metrics = SegmentationMetrics(BINARY, "full")
     task = SimpleNamespace(labels=BINARY, validation_metrics=metrics, recipe_name="some", suite="", masks=None,
@@ -172,7 +175,7 @@ def test_cases_of_the_phantom_are_named_not_copied(tmp_path):
     results.start_scoring(run, task)
     assert task.suite == "full"
     for name in names:
-        truth = BINARY.encode(embedded()[name][1], name)
+        truth = BINARY.encode(drawn[name][1], name)
         metrics.update(name, truth, truth, truth[None].astype(float), group=name)
         write_png(task.masks / f"{name}.png", BINARY.decode(truth))
     cases = [Case(name, Path(PHANTOM, name), Path(PHANTOM, name), name, PHANTOM) for name in names]
