@@ -428,11 +428,16 @@ def test_masks_of_another_tool(run):
     write_cases(run, [case("a", 0.5, split="test"), case("b", 0.7, split="test")])
     summary = {"prediction": "/some/where/nnunet", "truth": "/some/where/masks", "split": "test"}
     (run / "summary.json").write_text(json.dumps(summary | {"labels": {"labels": {"background": 0, "polyp": 255}}}))
+    add(run, missing=[f"case {number}" for number in range(9)], extra=["x"], group_by="sequence", truth="/x/masks")
     page = Page(write_report(run))
     assert page.words.startswith("nnunet \u00b7 visattn report")
-    for text in ("Scores of these masks", "Predicted masks /some/where/nnunet", "True masks /some/where/masks",
+    assert "counted as misses 9: case 0, case 1, case 2, case 3, case 4, case 5, ..." in page.words
+    assert "Without truth, not scored 1: x Grouped by sequence" in page.words
+    for text in ("Scores of these masks", "Predicted masks /some/where/nnunet", "True masks /x/masks",
                  "background 0, polyp 255"):  # fmt: skip
         assert text in page.words, text
+    add(run, prediction="runs/first/masks")
+    assert Page(write_report(run)).words.startswith("first/masks \u00b7")
     for text in ("checkpoint", "Checkpoint", "probability of", "Fingerprint", "Recipe", "Training", "unknown"):
         assert text not in page.words, text
 
@@ -444,9 +449,11 @@ def folds(run):
     write_folds(Folds(root, 3, "polyp_pranet", "f00d"), [{"train": ["b"], "val": ["a"]}] * 3)
     for number, name in enumerate(names[:2]):
         (root / name).mkdir()
-        write_cases(root / name, [case("a", 0.2 + 0.2 * number), case("b", 0.3 + 0.2 * number)])
+        write_cases(root / name, [case(n, d + 0.2 * number, k) for n, d in (("a", 0.2), ("b", 0.3)) for k in "xy"])
     (root / "fold-0" / "report.html").touch()
-    (root / "summary.json").write_text(json.dumps({"recipe": "polyp_pranet", "split": "val", "folds": []}))
+    (root / "summary.json").write_text(
+        json.dumps({"recipe": "polyp_pranet", "split": "val", "folds": [{"run": "fold-0"}]})
+    )
     write_cases(root, [case("a", 0.5), case("b", 0.75)])
     return root
 
@@ -454,10 +461,10 @@ def folds(run):
 def test_a_run_with_folds(folds):
     page = Page(write_report(folds))
     assert "divided into 3 parts" in page.words
-    assert "fold-0 0.250" in page.words
+    assert re.search(r"fold-0 0\.250 \S+ . \S+ 2 fold-1", page.words), "2 cases, whatever the number of classes"
     assert "fold-1 0.450" in page.words
     assert "fold-2 not finished" in page.words
-    assert "scored by the fold that had not trained on it" in page.words
+    assert "scored by the fold that had not trained on it. The best checkpoint" in page.words
     assert [value for tag, key, value in page.attributes if tag == "a"] == ["fold-0/report.html"]
 
 

@@ -72,11 +72,13 @@ class Fold:
     Attributes:
         name: Its folder.
         dice: Its Dice on its own validation cases, the mean of the classes where there are several; None before that.
+        cases: How many these are.
         report: Whether it has a report of its own.
     """
 
     name: str
     dice: Summary | None
+    cases: int
     report: bool
 
 
@@ -143,7 +145,8 @@ def _title(summary: Mapping[str, Any], run_dir: Path) -> str:
     if summary.get("recipe"):
         return str(summary["recipe"])
     if isinstance(summary.get("prediction"), str):
-        return Path(summary["prediction"]).name
+        path = Path(summary["prediction"])
+        return "/".join(path.parts[-2:]) if path.name == "masks" else path.name  # every run has its masks/
     return run_dir.resolve().name
 
 
@@ -189,11 +192,12 @@ def _folds(run_dir: Path) -> list[Fold]:
     found = []
     for number, name in enumerate(folds.names):
         run = folds.run(number)
-        dice = None
-        if (run / CASES).is_file():
-            entries = [entry for entry in _summarised(read_cases(run / CASES)) if entry.metric == "dice"]
-            dice = entries[-1] if entries else None  # the mean of several classes comes last
-        found.append(Fold(name, dice, (run / "report.html").is_file()))
+        rows = read_cases(run / CASES) if (run / CASES).is_file() else []
+        entries = [entry for entry in _summarised(rows) if entry.metric == "dice"]
+        dice = entries[-1] if entries else None  # the mean of several classes comes last
+        found.append(
+            Fold(name, dice, len({(row["group"], row["case"]) for row in rows}), (run / "report.html").is_file())
+        )
     return found
 
 
@@ -251,6 +255,14 @@ def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str,
     for key, name in (("prediction", "Predicted masks"), ("truth", "True masks")):
         if summary.get(key):
             facts[name] = str(summary[key])
+    for key, name in (("missing", "Without prediction, counted as misses"), ("extra", "Without truth, not scored")):
+        names = summary.get(key)
+        if isinstance(names, list) and names:
+            facts[name] = (
+                f"{len(names)}: {', '.join(map(str, names[:CAPTION]))}{', ...' if len(names) > CAPTION else ''}"
+            )
+    if summary.get("group_by"):
+        facts["Grouped by"] = str(summary["group_by"])
     if summary.get("checkpoint"):
         facts["Checkpoint"] = str(summary["checkpoint"])
     best = summary.get("best_epoch")
