@@ -30,7 +30,7 @@ LEVELS: list[set[str]] = [
         "runs",
         "space",
     },
-    {"backbones", "curves", "heads", "predict_plan", "recipe", "scored", "survey", "viz"},
+    {"backbones", "curves", "heads", "inference3d", "predict_plan", "recipe", "scored", "survey", "viz"},
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
     {"checkpoint"},
