@@ -152,12 +152,17 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, fit, predict
+    from visattn import checkpoint, doctor, evaluate, fit, predict
     from visattn.cli import main
     from visattn.data import phantom
+    from visattn.recipe import resolve
 
     monkeypatch.setattr(fit, "run_stage", lambda stage, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(predict, "predict_folder", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(evaluate, "evaluate_folder", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(
+        doctor, "run_doctor", lambda folder, configs, rest, **_: 0 if not configs else not resolve(configs, rest)
+    )
     monkeypatch.setattr(checkpoint, "export_weights", lambda *args: [])
     monkeypatch.setattr(phantom, "write_phantom", lambda *args: None)
 

@@ -1,5 +1,6 @@
 """`visattn doctor`: what is wrong with a data set, found before anything is trained on it. It needs no torch."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from visattn.doctor import recipe as recipes
 from visattn.doctor.copies import check_copies
 from visattn.doctor.files import check_files
 from visattn.doctor.findings import Finding, Findings
+from visattn.doctor.groups import write_groups
 from visattn.doctor.listing import check_folder
 from visattn.doctor.masks import Classes, check_classes, check_mixed, check_swapped, check_values
 from visattn.doctor.reading import Seen, read_cases
@@ -22,7 +24,13 @@ __all__ = ["Finding", "Report", "examine_folder", "examine_recipe", "run_doctor"
 _VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz", ".dcm")
 
 
-def run_doctor(folder: Path | None, configs: Sequence[str] | None, rest: Sequence[str], as_json: bool = False) -> int:
+def run_doctor(
+    folder: Path | None,
+    configs: Sequence[str] | None,
+    rest: Sequence[str],
+    as_json: bool = False,
+    groups: Path | None = None,
+) -> int:
     """Examine a folder or the data of a recipe and print what was found.
 
     Args:
@@ -30,6 +38,7 @@ def run_doctor(folder: Path | None, configs: Sequence[str] | None, rest: Sequenc
         configs: Recipes, of which later ones lie over earlier ones; None without.
         rest: Changes of the recipe's keys, `--data.root DIR`.
         as_json: Print JSON.
+        groups: Write a table of what belongs together here.
 
     Returns:
         1 if there is an error among the findings, else 0.
@@ -39,10 +48,11 @@ def run_doctor(folder: Path | None, configs: Sequence[str] | None, rest: Sequenc
     """
     if (folder is None) == (not configs):
         raise UserError("doctor: give a folder, or a recipe with --config; not both\nSee: visattn doctor --help")
-    if folder is not None and rest:
-        raise UserError(f"doctor: {rest[0]} changes a key of a recipe, and needs --config RECIPE")
     report = examine_folder(folder) if folder is not None else examine_recipe(configs or (), rest)
     show(report, as_json)
+    if groups is not None:
+        number = write_groups(groups, report.images, report.ties)
+        print(f"{groups}: {number} groups; use --data.split.group_by {groups}:group", file=sys.stderr)
     return report.exit_code
 
 
@@ -76,10 +86,10 @@ def examine_folder(folder: Path | str) -> Report:
     else:
         classes = check_values(seen, labels, findings, given=False)
         check_classes(seen, classes, labels, findings)
-    check_copies(seen, parts, findings)
+    ties = check_copies(seen, parts, {}, findings)
     recipes.check_names(cases, parts, findings)
     shown = None if labels is None else labels.to_config()["labels"]
-    return Report([str(folder)], len(cases), shown, True, findings.sorted())
+    return Report([str(folder)], cases, shown, True, findings.sorted(), ties)
 
 
 def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
@@ -107,13 +117,14 @@ def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
         recipes.check_names(cases, parts, findings)
     parts |= {case.name: "test" for case in tests}
     recipes.check_sizes(section, seen, findings)
-    check_copies(seen, parts, findings)
+    ties = check_copies(seen, parts, {case.name: case.group for case in together}, findings)
     return Report(
         section.roots + section.test_roots,
-        len(cases) + len(tests),
+        [*cases, *tests],
         section.labels.to_config()["labels"],
         False,
         findings.sorted(),
+        ties,
     )
 
 

@@ -195,11 +195,11 @@ _WARNINGS = _kinds(
         ),
         "video-frames": (
             "consecutive frames of videos: a random split would put neighbours on both sides",
-            "Give data.split.group_by a table FILE.csv:COLUMN that names the video of each file.",
+            "Run doctor with --groups FILE.csv, look at the table, and set data.split.group_by to FILE.csv:group.",
         ),
         "video-across-parts": (
             "frames of one video in two parts: the score is too good",
-            "Give data.split.group_by a table FILE.csv:COLUMN that names the video of each file.",
+            "Run doctor with --groups FILE.csv, look at the table, and set data.split.group_by to FILE.csv:group.",
         ),
         "groups-unused": (
             "names that tell several images of one patient or video, which a random split would part",

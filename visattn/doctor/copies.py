@@ -14,72 +14,80 @@ from visattn.doctor.twins import find_twins, gather
 _SHOWN = 6
 
 
-def check_copies(seen: Sequence[Seen], parts: Mapping[str, str], findings: Findings) -> None:
+def check_copies(
+    seen: Sequence[Seen], parts: Mapping[str, str], groups: Mapping[str, str], findings: Findings
+) -> list[tuple[int, int]]:
     """Compare images and masks with each other.
 
     Args:
         seen: All cases.
         parts: train, val or test for each case's name; empty where nothing divides them.
+        groups: The group of each case's name, where the recipe forms groups: copies in one group are no matter.
         findings: Where to note what is found.
+
+    Returns:
+        Pairs of indices of `seen` that belong together: copies, and frames of one video.
     """
     exact = _sets((one.digest, index) for index, one in enumerate(seen) if one.digest)
     for members in exact:
         together = [seen[index] for index in members]
-        across = _across(together, parts)
-        _tell("duplicate-across-parts" if across else "duplicate-image", together, parts, findings)
+        if _across(together, parts):
+            _tell("duplicate-across-parts", together, parts, findings)
+        elif not _grouped(together, groups):
+            _tell("duplicate-image", together, parts, findings)
         masks = {one.content.digest for one in together if one.content is not None}
         if len(masks) > 1:
             _tell("same-image-different-masks", together, {}, findings, masks=True)
-    _check_pictures(seen, parts, findings)
     _check_masks(seen, findings)
+    ties = [(members[0], index) for members in exact for index in members[1:]]
+    return ties + _check_pictures(seen, parts, groups, findings)
 
 
-def _check_pictures(seen: Sequence[Seen], parts: Mapping[str, str], findings: Findings) -> None:
+def _check_pictures(
+    seen: Sequence[Seen], parts: Mapping[str, str], groups: Mapping[str, str], findings: Findings
+) -> list[tuple[int, int]]:
+    """Copies by eye, and videos; the pairs that they tie."""
     looks = [(index, one.look) for index, one in enumerate(seen) if one.look is not None]
     if len(looks) < 2:
-        return
+        return []
     thumbnails = np.stack([look.thumbnail for _, look in looks])
-    twins = [
-        (looks[twin.first][0], looks[twin.second][0], twin.turned)
-        for twin in find_twins(thumbnails)
-        if seen[looks[twin.first][0]].digest != seen[looks[twin.second][0]].digest
-    ]
+    twins = [(looks[twin.first][0], looks[twin.second][0], twin.turned) for twin in find_twins(thumbnails)]
+    ties = [(first, second) for first, second, _ in twins]
     for turned in (False, True):
-        for members in gather([(a, b) for a, b, t in twins if t is turned]):
+        pairs = [(a, b) for a, b, t in twins if t is turned and seen[a].digest != seen[b].digest]
+        for members in gather(pairs):
             together = [seen[index] for index in members]
-            code = "mirrored-image" if turned else "near-duplicate-image"
-            across = _across(together, parts)
-            _tell("near-duplicate-across-parts" if across else code, together, parts, findings)
-    colours = np.stack([look.colours for _, look in looks])
-    _check_videos([seen[index] for index, _ in looks], thumbnails, colours, parts, findings)
-
-
-def _check_videos(
-    seen: Sequence[Seen],
-    thumbnails: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]",
-    colours: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]",
-    parts: Mapping[str, str],
-    findings: Findings,
-) -> None:
-    by_folder: dict[Path, list[int]] = defaultdict(list)
-    for index, one in enumerate(seen):
-        by_folder[one.case.image.parent].append(index)
-    for members in by_folder.values():
-        stems = [seen[index].case.image.stem for index in members]
-        videos = find_sequences(stems, thumbnails[members], colours[members])
-        told = [(stems[video[0]], stems[video[-1]], len(video)) for video in videos]
-        shown = ", ".join(f"{printable(a)} to {printable(b)}" for a, b, _ in told[:_SHOWN])
-        more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-        if videos and not parts:
-            count = sum(length for _, _, length in told)
-            findings.whole("video-frames", f"{count} files in {len(told)} runs, about {shown}{more}")
-        for video in videos:
-            together = [seen[members[position]] for position in video]
             if _across(together, parts):
-                both = ", ".join(sorted({parts[one.case.name] for one in together if one.case.name in parts}))
-                findings.file(
-                    "video-across-parts", together[0].case.image, f"to {together[-1].case.image.name}, in {both}"
-                )
+                _tell("near-duplicate-across-parts", together, parts, findings)
+            elif not _grouped(together, groups):
+                _tell("mirrored-image" if turned else "near-duplicate-image", together, parts, findings)
+    colours = np.stack([look.colours for _, look in looks])
+    by_folder: dict[Path, list[int]] = defaultdict(list)
+    for position, (index, _) in enumerate(looks):
+        by_folder[seen[index].case.image.parent].append(position)
+    for members in by_folder.values():
+        stems = [seen[looks[position][0]].case.image.stem for position in members]
+        videos = [
+            [looks[members[place]][0] for place in video]
+            for video in find_sequences(stems, thumbnails[members], colours[members])
+        ]
+        _tell_videos([[seen[index] for index in video] for video in videos], parts, findings)
+        ties += [(video[0], index) for video in videos for index in video[1:]]
+    return ties
+
+
+def _tell_videos(videos: Sequence[Sequence[Seen]], parts: Mapping[str, str], findings: Findings) -> None:
+    """Videos that nothing keeps together yet, or that the parts tear."""
+    if videos and not parts:
+        ends = [(printable(video[0].case.image.stem), printable(video[-1].case.image.stem)) for video in videos]
+        shown = ", ".join(f"{first} to {last}" for first, last in ends[:_SHOWN])
+        more = f" and {len(ends) - _SHOWN} more" if len(ends) > _SHOWN else ""
+        count = sum(len(video) for video in videos)
+        findings.whole("video-frames", f"{count} files in {len(videos)} runs, about {shown}{more}")
+    for video in videos:
+        if _across(video, parts):
+            both = ", ".join(sorted({parts[one.case.name] for one in video if one.case.name in parts}))
+            findings.file("video-across-parts", video[0].case.image, f"to {video[-1].case.image.name}, in {both}")
 
 
 def _check_masks(seen: Sequence[Seen], findings: Findings) -> None:
@@ -105,6 +113,10 @@ def _sets(entries: Iterable[tuple[Hashable, int]]) -> list[list[int]]:
 
 def _across(together: Sequence[Seen], parts: Mapping[str, str]) -> bool:
     return len({parts[one.case.name] for one in together if one.case.name in parts}) > 1
+
+
+def _grouped(together: Sequence[Seen], groups: Mapping[str, str]) -> bool:
+    return len({groups.get(one.case.name, one.case.name) for one in together}) == 1
 
 
 def _tell(

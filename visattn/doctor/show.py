@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+from visattn.data.cases import Case
 from visattn.doctor.findings import FORMAT, Finding, counts
 
 _SHOWN = 4  # files of one kind
@@ -22,17 +23,24 @@ class Report:
 
     Args:
         data: What was examined, as the user named it.
-        cases: How many cases there are.
+        images: The cases.
         labels: The label map, as a recipe's labels block, or None where none could be guessed.
         guessed: Whether `labels` was guessed from the masks.
         findings: Most severe first.
+        ties: Pairs of indices of `images` that belong together.
     """
 
     data: list[str]
-    cases: int
+    images: list[Case]
     labels: dict[str, Any] | None
     guessed: bool
     findings: list[Finding]
+    ties: list[tuple[int, int]]
+
+    @property
+    def cases(self) -> int:
+        """How many there are."""
+        return len(self.images)
 
     @property
     def exit_code(self) -> int:

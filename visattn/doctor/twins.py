@@ -134,18 +134,24 @@ def near_pairs(hashes: Hashes, others: Hashes | None = None, radius: int = RADIU
         target_keys = (targets >> shift) & ones
         order = np.argsort(target_keys, kind="stable")
         sorted_keys, sorted_hashes = target_keys[order], targets[order]
-        keys = (hashes >> shift) & ones
-        at = np.searchsorted(sorted_keys, keys, side="left")
-        end = np.searchsorted(sorted_keys, keys, side="right")
         mine = np.arange(len(hashes))
+        keys = (hashes >> shift) & ones
+        end = np.searchsorted(sorted_keys, keys, side="right")
+        if others is None:  # each pair once: only with those further down the row
+            at = np.empty_like(mine)
+            at[order] = mine + 1
+        else:
+            at = np.searchsorted(sorted_keys, keys, side="left")
         many = np.zeros(len(hashes), np.int64)
         while len(mine):
             alive = (at < end) & (many[mine] < _ENOUGH)
             mine, at, end = mine[alive], at[alive], end[alive]
             near = np.bitwise_count(hashes[mine] ^ sorted_hashes[at]) <= radius
             first, second = mine[near], order[at[near]]
+            many[first] += 1
+            if others is None:
+                first, second = np.minimum(first, second), np.maximum(first, second)
             ordered = first < second
-            many[first[ordered]] += 1
             found.append(first[ordered].astype(np.uint64) * count + second[ordered].astype(np.uint64))
             at = at + 1
     pairs = np.unique(np.concatenate(found))
