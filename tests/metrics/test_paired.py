@@ -179,6 +179,9 @@ def test_the_mean_of_classes_weighs_classes_equally():
     # Contributions 1/60, 1/60 and 1/60 - 6/60 to the sum of -3/60: no choice of signs comes nearer to 0
     assert mean.p == 1
     assert (core.groups, math.isnan(core.p), math.isnan(core.low)) == (1, True, True)
+    two.values["dice"][2, 1] = 0.16
+    # 1/60, 1/60 and 1/60 - 1.2/60: two of four choices, up to the sign of all, are as far from 0
+    assert compare_tables(one, [two])[0][2].p == 0.5
 
 
 # --- groups
