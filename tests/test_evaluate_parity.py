@@ -10,6 +10,7 @@ import py_sod_metrics
 import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, MeanIoU, SurfaceDiceMetric
+from monai.transforms import LoadImage, SaveImage
 
 from visattn.cli import main
 from visattn.metrics import SUITES
@@ -152,6 +153,21 @@ def test_several_classes_equal_monai_on_one_hot_masks(tmp_path):
                 assert row == pytest.approx(expected, rel=1e-5, abs=1e-6)
                 checked += 1
     assert checked >= 8
+
+
+def test_masks_that_monai_saved_pair_and_score_as_they_are(polyps, tmp_path):
+    (tmp_path / "gt").symlink_to(polyps / "masks")
+    load = LoadImage(image_only=True, ensure_channel_first=True)
+    save = SaveImage(output_dir=tmp_path / "pred", output_ext=".png", print_log=False)
+    for path in sorted((polyps / "masks").iterdir()):
+        save(torch.roll((load(path) > 127).float(), 2, dims=1))  # 0 and 1; the first axis is the width
+    rows = evaluate(tmp_path, "background: 0\npolyp: [255, 1]")
+    for path in (polyps / "masks").iterdir():
+        truth = cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127
+        if truth.any():
+            expected = by_monai(np.roll(truth, 2, axis=1), truth)
+            row = rows[path.stem, "polyp"]
+            assert {key: float(row[key]) for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow
