@@ -250,11 +250,12 @@ def test_labels_agree_with_monai():
     network = nn.Sequential(nn.Conv3d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 3, 3, padding=1)).eval()
     volume = nn.functional.avg_pool3d(torch.randn(1, 24, 32, 24), 3, 1, 1) * 8
     grid = plan_windows((24, 32, 24), (16, 16, 16))  # sizes where both put the windows at the same places
+    # The kernel is handed over because MONAI's own raises small weights to 1e-3, so that at the faces of a volume the
+    # edges of windows count as much as their middles.
+    kernel = torch.einsum("i,j,k->ijk", *[gaussian(16)] * 3)
     with torch.no_grad():
-        theirs = sliding_window_inference(volume[None], (16, 16, 16), 2, network, overlap=0.5, mode="gaussian")[0]
+        theirs = sliding_window_inference(
+            volume[None], (16, 16, 16), 2, network, overlap=0.5, mode="gaussian", roi_weight_map=kernel
+        )[0]
         ours = blended(network, volume, grid)
-    # MONAI raises all weights to at least 1e-3, so at the faces of a volume windows' edges count as much as their
-    # middles there. Away from the faces both are the same formula.
-    inner = (slice(None), *[slice(4, -4)] * 3)
-    torch.testing.assert_close(ours[inner], theirs[inner], rtol=0, atol=0.1 * float(theirs.std()))
-    assert (ours[inner].argmax(dim=0) == theirs[inner].argmax(dim=0)).float().mean() > 0.98
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
