@@ -152,12 +152,13 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, doctor, evaluate, fit, predict
+    from visattn import checkpoint, doctor, evaluate, fit, folds, predict
     from visattn.cli import main
     from visattn.data import phantom
     from visattn.recipe import resolve
 
     monkeypatch.setattr(fit, "run_stage", lambda stage, name, tree, *rest: fit.parse(tree) and 0)
+    monkeypatch.setattr(folds, "fit_folds", lambda chosen, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(predict, "predict_folder", lambda *args, **kwargs: 0)
     monkeypatch.setattr(evaluate, "evaluate_folder", lambda *args, **kwargs: 0)
     monkeypatch.setattr(

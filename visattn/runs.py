@@ -95,8 +95,9 @@ def find_checkpoint(ckpt_path: str, root: Path, recipe: str, run: Path | None) -
         if has_folds(folder):
             raise UserError(
                 f"--run {folder}: a run with {read_folds(folder).count} folds, which has no checkpoint of its own.\n"
-                "Score one fold: --run FOLDER/fold-0. Continue the training: --folds all --ckpt_path last.\n"
-                "The scores of all folds together stand in its report.html; visattn predict takes the folder."
+                "Continue its training: visattn fit --folds all --ckpt_path last. Score one fold: --run DIR/fold-0.\n"
+                "The scores of all folds stand in its report.html. To score the ensemble on other cases:\n"
+                "visattn predict --checkpoint DIR, then visattn evaluate."
             )
         path = folder / "checkpoints" / f"{ckpt_path}.ckpt"
         if not path.is_file():

@@ -14,7 +14,11 @@ def add(commands: Any) -> None:
         "inputs", nargs="+", type=Path, metavar="INPUT", help="image file, or folder searched with its subfolders"
     )
     parser.add_argument(
-        "--checkpoint", required=True, type=Path, metavar="C", help=".ckpt of a run, or exported .safetensors"
+        "--checkpoint",
+        required=True,
+        type=Path,
+        metavar="C",
+        help=".ckpt, run folder, run with folds, or exported .safetensors",
     )
     parser.add_argument(
         "--output", required=True, type=Path, metavar="DIR", help="folder for masks; mirrors the input folders"
