@@ -154,7 +154,9 @@ def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard
         image: NDArray[np.uint8] | None = pixels
         mask: NDArray[np.int32] | None = grey.astype(np.int32)
         facts = Facts(case.image, pixels.shape[:2], "RGB", "PNG", colour=255)
-        mask_facts = Facts(case.mask, grey.shape, "L", "PNG")
+        counted = zip(*np.unique(grey, return_counts=True), strict=True)
+        values = tuple((int(value), int(count)) for value, count in counted)
+        mask_facts = Facts(case.mask, grey.shape, "L", "PNG", values=values)
         digests = hashlib.sha256(pixels.tobytes()).digest(), hashlib.sha256(grey.tobytes()).digest()
     else:
         heard.path = case.image
@@ -162,7 +164,7 @@ def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard
         heard.path = case.mask
         mask_facts, mask = look_at_mask(case.mask)
         digests = _digest(case.image), _digest(case.mask)
-    content = None if mask is None else _mask_print(mask, labels, size)
+    content = None if mask is None else _mask_print(mask, mask_facts.values, labels, size)
     look = None if image is None else _image_print(image, mask)
     return Seen(case, facts, replace(mask_facts, values=()), *digests, look, content, ())
 
@@ -176,7 +178,7 @@ def _digest(path: Path) -> bytes:
 
 def _image_print(image: NDArray[np.uint8], mask: NDArray[np.int32] | None) -> ImagePrint:
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
-    tones = np.bincount(grey.ravel(), minlength=256).astype(np.int64)
+    tones = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     there = np.flatnonzero(tones)
     low, high = int(there[0]), int(there[-1])
     near = tones[low : low + 17].sum() + tones[max(high - 16, low + 17) : high + 1].sum()
@@ -205,14 +207,18 @@ def colours(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(histogram * (255 / histogram.sum()) + 0.5).astype(np.uint8)
 
 
-def _mask_print(mask: NDArray[np.int32], labels: Labels | None, size: tuple[int, int] | None) -> MaskPrint | None:
+def _mask_print(
+    mask: NDArray[np.int32],
+    counted: tuple[tuple[int, int], ...],
+    labels: Labels | None,
+    size: tuple[int, int] | None,
+) -> MaskPrint | None:
     """None where the values are no labels at all, which the facts do not refuse: beyond 16 bits."""
-    if int(mask.min()) < 0 or int(mask.max()) > 65535:
+    values, counts = np.array(counted, np.int64).T
+    if values[0] < 0 or values[-1] > 65535:
         return None
-    counts = np.bincount(mask.ravel())
-    values = np.flatnonzero(counts)
     edge = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
-    border = np.bincount(edge, minlength=len(counts))
+    border = np.bincount(edge, minlength=int(values[-1]) + 1)
     digest = hashlib.sha256(repr(mask.shape).encode() + mask.astype(np.uint16).tobytes()).digest()
     lost: tuple[int, ...] = ()
     if labels is not None and size is not None:
@@ -222,6 +228,4 @@ def _mask_print(mask: NDArray[np.int32], labels: Labels | None, size: tuple[int,
             indices = np.zeros((1, 1), np.uint8)
         before, after = set(np.unique(indices).tolist()), set(np.unique(resize_mask(indices, size)).tolist())
         lost = tuple(sorted(before - after - {0, IGNORE}))
-    return MaskPrint(
-        values.astype(np.uint16), counts[values].astype(np.uint32), border[values].astype(np.uint32), digest, lost
-    )
+    return MaskPrint(values.astype(np.uint16), counts.astype(np.uint32), border[values].astype(np.uint32), digest, lost)

@@ -81,7 +81,8 @@ def show(report: Report, as_json: bool) -> None:
 
 
 def _show_finding(console: Console, finding: Finding) -> None:
-    head = Text(f"{finding.severity:8}", style=_COLOURS[finding.severity])
+    head = Text()
+    head.append(f"{finding.severity:8}", style=_COLOURS[finding.severity])
     head.append(finding.code, style="bold")
     if finding.places:
         head.append(f"  {_plural(finding.count, 'file')}", style="dim")
