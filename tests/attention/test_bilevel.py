@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from visattn.attention import bilevel as module
+from visattn.attention import _routing as routing
 from visattn.attention._backend import scaled_dot_product
 from visattn.attention.bilevel import BiLevelRoutingAttention
 from visattn.attention.lepe import LePEAttention
@@ -214,8 +214,8 @@ def test_the_mask_is_built_in_parts(monkeypatch):
         shapes.append(tuple(mask.shape))
         return scaled_dot_product(q, k, v, mask, scale)
 
-    monkeypatch.setattr(module, "scaled_dot_product", watch)
-    monkeypatch.setattr(module, "MASK_ENTRIES", 20 * 6 * 49 * 6)
+    monkeypatch.setattr(routing, "scaled_dot_product", watch)
+    monkeypatch.setattr(routing, "MASK_ENTRIES", 20 * 6 * 49 * 6)
     torch.testing.assert_close(block(x), whole)
     assert shapes == [(2, 1, 120, 294), (2, 1, 120, 294), (2, 1, 54, 294)]
 

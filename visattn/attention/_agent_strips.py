@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.attention._agent import agent_weights, biases, register_tables, two_steps
+from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool
 from visattn.attention._windows import flat_index, known_zero, window_partition, window_reverse
@@ -91,8 +92,7 @@ class AgentStrips(nn.Module):
             out = two_steps(self._split(q), self._split(k), self._split(v), self._split(agents), bias, drop)
             out = out.transpose(2, 3).flatten(-2)  # (B, T, P, C)
         maps = v.reshape(v.shape[0] * v.shape[1], *strip, v.shape[-1])
-        convolved = self.get_v(maps.movedim(-1, 1)).movedim(1, -1)
-        return window_reverse(out + convolved.reshape(v.shape), strip, size, counts)
+        return window_reverse(out + depthwise(self.get_v, maps).reshape(v.shape), strip, size, counts)
 
     def attention_map(self, qkv: Tensor, query: Sequence[int]) -> Tensor:
         """How much the token at index `query` attends to every token of the map (3, B, *S, C): (B, h, *S)."""

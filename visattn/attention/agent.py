@@ -36,6 +36,7 @@ from visattn.attention._agent import (
     two_steps,
 )
 from visattn.attention._agent_strips import AgentStrips
+from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool, resize_linear
 from visattn.attention._windows import flat_index
@@ -184,7 +185,7 @@ class AgentAttention(nn.Module):
         q, k, v = self._query_key_value(x)
         out = self._attend(q.flatten(1, -2), k.flatten(1, -2), v.flatten(1, -2), q, k.shape[1:-1], None)
         values = resize_linear(v, x.shape[1:-1]) if self.sr_ratio > 1 else v
-        return self._project(self._convolve(values).add(out.reshape(x.shape)))
+        return self._project(depthwise(self.dwc, values).add(out.reshape(x.shape)))
 
     def attention_map(self, x: Tensor, query: Sequence[int], size: Sequence[int] | None = None) -> Tensor:
         """How much the token at index `query` attends to every token of the map, through all agents: (B, h, *S).
@@ -226,7 +227,7 @@ class AgentAttention(nn.Module):
         q, k, v = self._query_key_value(x)
         tables = (self.ac_bias[0], self.ca_bias[0].mT)
         out = self._attend(q, k, v, self._map(q, size), size, tables)
-        convolved = self._convolve(self._map(v, size)).flatten(1, -2)
+        convolved = depthwise(self.dwc, self._map(v, size)).flatten(1, -2)
         return self._project(torch.cat([out[:, :1], out[:, 1:] + convolved], dim=1))
 
     def _shares(self, qkv: Tensor) -> Iterator[Tensor]:
@@ -285,11 +286,6 @@ class AgentAttention(nn.Module):
             drop = self.attn_drop if self.training else 0.0
             out = two_steps(queries, keys, split_heads(v, self.num_heads), agents, bias, drop)
             return out.transpose(1, 2).flatten(2)  # (B, N, C)
-
-    def _convolve(self, values: Tensor) -> Tensor:
-        """The depthwise convolution of the map of values, (B, *S, C)."""
-        out: Tensor = self.dwc(values.movedim(-1, 1))
-        return out.movedim(1, -1)
 
     def _project(self, x: Tensor) -> Tensor:
         out: Tensor = self.proj_drop(self.proj(x))

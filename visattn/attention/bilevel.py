@@ -8,7 +8,8 @@ Official code: github.com/rayleizhu/BiFormer, revision 1697bbb (MIT; nothing is 
 
 Deviations:
 - Region means are taken of the input and then projected, in float32 at least. The mean of a projection is the
-  projection of the mean, so the choice is the same; in half precision it is the choice that full precision makes.
+  projection of the mean, so the choice is the same; in half precision it is the choice that full precision makes. (In
+  full precision the mean of the projection is taken where that is quicker.)
 - `auto_pad` is on by default, as every size is accepted here; sizes that are multiples are not affected by it.
 - `nchw` on an axis shorter than `n_win`: regions of one token, hence fewer of them, and `topk` is clipped to their
   number. The official code fails there.
@@ -21,7 +22,7 @@ they are pooled), k chosen regions, h heads, d channels of a head of queries and
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,9 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
+from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import exact_logits, without_autocast
+from visattn.attention._routing import RoutedAttention, Windows, choose, masked_attention, region_means, region_of
 from visattn.attention._windows import (
     ceil_div,
     certain,
@@ -42,7 +45,7 @@ from visattn.attention._windows import (
     window_partition,
     window_reverse,
 )
-from visattn.attention.lepe import CONV, convolve, local_enhancement, pointwise
+from visattn.attention.lepe import CONV, local_enhancement, pointwise
 
 Variant = Literal["legacy", "nchw"]
 Downsample = Literal["identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool"]
@@ -52,38 +55,8 @@ DOWNSAMPLE = ("identity", "ada_avgpool", "ada_maxpool", "avgpool", "maxpool")
 # collecting the chosen keys; regions of few tokens are collected at a loss, so for them the share is lower (measured on
 # the CPU).
 DENSE_SHARE, DENSE_SHARE_SMALL, SMALL_TOKENS = 0.6, 0.25, 32
-MASK_ENTRIES = (
-    1024**2
-)  # the mask is built for so many pairs of tokens of an image at a time, never for all of a large map
-
-
-class RoutedAttention(NamedTuple):
-    """What `BiLevelRoutingAttention.forward_with_attention` returns.
-
-    Attributes:
-        out: The block's output, (B, *S, C).
-        r_weight: Softmax over the kept logits of every region, (B, R, k).
-        r_idx: The chosen regions, best first, (B, R, k).
-        attention: Softmaxed attention of every token to the tokens of the regions chosen by its own,
-            (B, R, h, T, k * U).
-    """
-
-    out: Tensor
-    r_weight: Tensor
-    r_idx: Tensor
-    attention: Tensor
-
-
-class _Windows(NamedTuple):
-    """Queries, keys and values in windows, and what the routing and the convolution need besides."""
-
-    q: Tensor  # (B, R, T, Cqk)
-    k: Tensor  # (B, R, U, Cqk)
-    v: Tensor  # (B, R, U, C)
-    value_map: Tensor  # (B, *S, C), S padded in the legacy variant
-    means: Tensor  # (B, R, C), of the input
-    window: tuple[int, ...]  # tokens per axis of a region
-    counts: tuple[int, ...]  # regions per axis
+# From this many channels for each token of a region on, the mean of the projection is quicker than its projected mean.
+WIDE = 64
 
 
 class _QKV(nn.Module):
@@ -215,14 +188,14 @@ class BiLevelRoutingAttention(nn.Module):
         Raises:
             ValueError: `x` has another shape, or its size is no multiple of `n_win` with `auto_pad` off.
         """
-        parts = self._windows(x)
-        r_weight, r_idx = self._route(parts.means)
-        regions = parts.q.shape[1]
-        if self._dense(r_idx.shape[-1], regions, parts):
-            out = self._attend_dense(parts, r_idx)
+        check.channels_last("BiLevelRoutingAttention", x, self.dim, (self.rank,))
+        layout = self._layout(x.shape[1:-1])
+        if self._dense(layout):
+            out, values = self._attend_dense(x, layout)
         else:
-            out = self._attend_gathered(parts, r_weight, r_idx)
-        return self._finish(out, parts, x.shape[1:-1])
+            parts = self._windows(x)
+            out, values = self._join(self._attend_gathered(parts, *self._route(parts.means)), parts), parts.value_map
+        return self._finish(out, values, x.shape[1:-1])
 
     def forward_with_attention(self, x: Tensor) -> RoutedAttention:
         """Attend and return the routing and the attention beside the output; slower than `forward`.
@@ -230,11 +203,13 @@ class BiLevelRoutingAttention(nn.Module):
         Args:
             x: (B, *S, C).
         """
+        check.channels_last("BiLevelRoutingAttention", x, self.dim, (self.rank,))
         parts = self._windows(x)
         r_weight, r_idx = self._route(parts.means)
         q, k, v = self._select(parts, r_weight, r_idx)
         attention = exact_logits(q, k, self.scale).softmax(-1)  # (B R, h, T, k U)
-        out = self._finish((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2), parts, x.shape[1:-1])
+        out = self._join((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2), parts)
+        out = self._finish(out, parts.value_map, x.shape[1:-1])
         return RoutedAttention(out, r_weight, r_idx, attention.reshape(*parts.q.shape[:2], *attention.shape[1:]))
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
@@ -244,27 +219,31 @@ class BiLevelRoutingAttention(nn.Module):
         """
         if self.kv_downsample_mode != "identity":
             raise ValueError("attention_map needs kv_downsample_mode='identity': pooled keys have no single position")
-        parts = self._windows(x)
         flat_index(query, x.shape[1:-1])  # refuses an index outside
         result = self.forward_with_attention(x)
-        at = [q // w for q, w in zip(query, parts.window, strict=True)]
-        inside = [q % w for q, w in zip(query, parts.window, strict=True)]
-        region = flat_index(at, parts.counts)
-        row = result.attention[:, region, :, flat_index(inside, parts.window)]  # (B, h, k U)
+        window, counts = self._layout(x.shape[1:-1])
+        at = [q // w for q, w in zip(query, window, strict=True)]
+        inside = [q % w for q, w in zip(query, window, strict=True)]
+        region = flat_index(at, counts)
+        row = result.attention[:, region, :, flat_index(inside, window)]  # (B, h, k U)
         batch, heads = row.shape[:2]
-        tokens = parts.q.shape[2]
+        tokens = math.prod(window)
         chosen = result.r_idx[:, region, None, :, None].expand(batch, heads, -1, tokens)
-        weights = row.new_zeros(batch, heads, parts.q.shape[1], tokens)
+        weights = row.new_zeros(batch, heads, math.prod(counts), tokens)
         weights = weights.scatter_add(2, chosen, row.reshape(chosen.shape))
-        full = window_reverse(weights.flatten(0, 1)[..., None], parts.window, x.shape[1:-1], parts.counts)
+        full = window_reverse(weights.flatten(0, 1)[..., None], window, x.shape[1:-1], counts)
         return full.reshape(batch, heads, *x.shape[1:-1])
 
-    def _projections(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Weight and bias of the projections to queries, keys and values."""
+    def _projection(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the projection to queries, keys and values."""
         projection: Any = self.qkv.qkv if self.variant == "legacy" else self.qkv_linear
+        return projection.weight.flatten(1), projection.bias
+
+    def _projections(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """The same, for each of the three."""
         widths = [self.qk_dim, self.qk_dim, self.dim]
-        weights = torch.split(projection.weight.flatten(1), widths)
-        return tuple(zip(weights, torch.split(projection.bias, widths), strict=True))
+        weights, biases = (torch.split(each, widths) for each in self._projection())
+        return tuple(zip(weights, biases, strict=True))
 
     def _layout(self, sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Tokens of a window and number of windows, per axis."""
@@ -285,8 +264,7 @@ class BiLevelRoutingAttention(nn.Module):
                 layout.append((w, (size + w - 1) // w))
         return tuple(w for w, _ in layout), tuple(n for _, n in layout)
 
-    def _windows(self, x: Tensor) -> _Windows:
-        check.channels_last("BiLevelRoutingAttention", x, self.dim, (self.rank,))
+    def _windows(self, x: Tensor) -> Windows:
         sizes = x.shape[1:-1]
         window, counts = self._layout(sizes)
         padded = [n * w for n, w in zip(counts, window, strict=True)]
@@ -299,16 +277,19 @@ class BiLevelRoutingAttention(nn.Module):
         (wq, bq), (wk, bk), (wv, bv) = self._projections()
         value_map = F.linear(x, wv, bv)
         inputs, v = cut(x), cut(value_map)  # (B, R, T, C)
-        exact = inputs.to(torch.promote_types(x.dtype, torch.float32))
-        if self.variant == "legacy" or known_zero(*(p - s for p, s in zip(padded, sizes, strict=True))):
-            q, k, means = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk), exact.sum(2) / math.prod(window)
-        else:  # zeros after the projection, and means of what lies inside
+        means = region_means(inputs, x.shape[1:-1], window, counts)
+        if known_zero(*(p - s for p, s in zip(padded, x.shape[1:-1], strict=True))):
+            q, k = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk)
+        else:  # zeros after the projection
             q, k = cut(F.linear(x, wq, bq)), cut(F.linear(x, wk, bk))
-            means = exact.sum(2) / cut(exact.new_ones(1, *sizes, 1)).sum(2)
         if self.kv_downsample_mode != "identity":
-            per_axis = self.kv_per_win if self.kv_downsample_mode.startswith("ada_") else self.kv_downsample_ratio
-            k, v = (pool_windows(each, window, self.kv_downsample_mode, per_axis) for each in (k, v))
-        return _Windows(q, k, v, value_map, means, window, counts)
+            k, v = self._pool(k, window), self._pool(v, window)
+        return Windows(q, k, v, value_map, means, window, counts)
+
+    def _pool(self, windows: Tensor, window: Sequence[int]) -> Tensor:
+        """Keys or values (B, R, U, C) of `windows` (B, R, T, C), by `kv_downsample_mode`."""
+        per_axis = self.kv_per_win if self.kv_downsample_mode.startswith("ada_") else self.kv_downsample_ratio
+        return pool_windows(windows, window, self.kv_downsample_mode, per_axis)
 
     def _route(self, means: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and indices (B, R, k) of the regions that each region chooses, from its mean input (B, R, C)."""
@@ -318,11 +299,9 @@ class BiLevelRoutingAttention(nn.Module):
             if self.param_routing:
                 emb: Any = self.router.emb
                 q, k = (F.linear(each, emb.weight.to(q.dtype), emb.bias.to(q.dtype)) for each in (q, k))
-            logits = (q * self.scale) @ k.mT  # (B, R, R)
-            kept, r_idx = logits.topk(min(self.topk, logits.shape[-1]), dim=-1)
-            return kept.softmax(-1), r_idx
+            return choose(q, k, self.scale, self.topk)
 
-    def _select(self, parts: _Windows, r_weight: Tensor, r_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, parts: Windows, r_weight: Tensor, r_idx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B R, h, T, d), and the keys and values (B R, h, k U, .) of the chosen regions."""
         batch, regions, chosen = r_idx.shape
         first = torch.arange(batch, device=r_idx.device)[:, None, None] * regions
@@ -342,47 +321,60 @@ class BiLevelRoutingAttention(nn.Module):
         """(N, T, C) -> (N, h, T, C / h)."""
         return x.reshape(*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
 
-    def _attend_gathered(self, parts: _Windows, r_weight: Tensor, r_idx: Tensor) -> Tensor:
+    def _attend_gathered(self, parts: Windows, r_weight: Tensor, r_idx: Tensor) -> Tensor:
         """(B R, T, C), by collecting the keys of the chosen regions."""
         q, k, v = self._select(parts, r_weight, r_idx)
         own = real_tokens(parts.window, q.device) if self.kv_downsample_mode == "identity" else None
         mask = None if own is None else own.repeat(r_idx.shape[-1])[None, None, None]  # (1, 1, 1, k U)
         return scaled_dot_product(q, k, v, mask, self.scale).transpose(1, 2).flatten(2)
 
-    def _attend_dense(self, parts: _Windows, r_idx: Tensor) -> Tensor:
-        """(B R, T, C), by attention over the map in which the regions that were not chosen are masked."""
-        batch, regions, tokens, _ = parts.q.shape
-        keys = parts.k.shape[2]
-        q, k, v = (self._heads(each.flatten(1, 2)) for each in (parts.q, parts.k, parts.v))  # (B, h, R T, .)
-        if certain(r_idx.shape[-1] == regions):
-            out = scaled_dot_product(q, k, v, None, self.scale)
-        else:
-            # Additive, as the kernel wants it: a boolean mask would be converted at full size.
-            chosen = q.new_full((batch, regions, regions), -torch.inf).scatter(2, r_idx, 0.0)
-            group = max(1, MASK_ENTRIES // (tokens * regions * keys))
-            outs = []
-            for first in range(0, regions, group):
-                rows = chosen[:, None, first : first + group, None, :, None]
-                mask = rows.expand(batch, 1, -1, tokens, regions, keys).flatten(4).flatten(2, 3)  # (B, 1, rows, R U)
-                part = q[:, :, first * tokens : (first + group) * tokens]
-                outs.append(scaled_dot_product(part, k, v, mask, self.scale))
-            out = torch.cat(outs, dim=2) if len(outs) > 1 else outs[0]  # (B, h, R T, C / h)
-        return out.transpose(1, 2).reshape(batch * regions, tokens, self.dim)
+    def _attend_dense(self, x: Tensor, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+        """Attention over the map in which the regions that were not chosen are masked, and the map of values.
 
-    def _dense(self, chosen: int, regions: int, parts: _Windows) -> bool:
+        Nothing is cut into windows but what the routing needs, and one product makes queries, keys and values.
+        """
+        window, counts = layout
+        padded = [n * w for n, w in zip(counts, window, strict=True)]
+        if self.variant == "legacy":
+            x = pad_to(x, padded)
+        weight, bias = self._projection()
+        projected = F.linear(x, weight, bias)
+        parts = torch.split(projected, [self.qk_dim, self.qk_dim, self.dim], dim=-1)
+        tokens, regions = math.prod(window), math.prod(counts)
+        whole = known_zero(*(p - s for p, s in zip(padded, x.shape[1:-1], strict=True)))
+        if projected.dtype.itemsize >= 4 and whole and certain(tokens * WIDE <= self.dim):
+            sums = window_partition(projected[..., : 2 * self.qk_dim].detach(), window, counts).sum(2)
+            r_idx = choose(sums[..., : self.qk_dim], sums[..., self.qk_dim :], self.scale / tokens**2, self.topk)[1]
+        else:
+            r_idx = self._route(region_means(window_partition(x, window, counts), x.shape[1:-1], window, counts))[1]
+        q, k, v = (pad_to(each, padded) for each in parts)
+        query_region = key_region = region_of(window, counts, x.device)  # (N,)
+        if self.kv_downsample_mode != "identity":  # keys then come window by window
+            k, v = (self._pool(window_partition(each, window, counts), window) for each in (k, v))
+            key_region = torch.arange(regions, device=x.device).repeat_interleave(k.shape[2])
+        q, k, v = (self._heads(each.flatten(1, -2)) for each in (q, k, v))  # (B, h, N, .)
+        out = masked_attention(q, k, v, r_idx, (query_region, key_region), regions, self.scale)
+        return out.transpose(1, 2).reshape(x.shape[0], *padded, self.dim), parts[2]
+
+    def _dense(self, layout: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
         """Whether one attention over the map is the cheaper way, see `DENSE_SHARE`; all regions need no mask."""
         if self.soft_routing:
             return False
-        small = certain(parts.q.shape[2] <= SMALL_TOKENS)
-        return certain(chosen >= regions * (DENSE_SHARE_SMALL if small else DENSE_SHARE))
+        window, regions = layout[0], math.prod(layout[1])
+        small = certain(math.prod(window) <= SMALL_TOKENS)
+        return certain(min(self.topk, regions) >= regions * (DENSE_SHARE_SMALL if small else DENSE_SHARE))
 
-    def _finish(self, out: Tensor, parts: _Windows, sizes: Sequence[int]) -> Tensor:
-        """Back to the map, plus the convolution of the values, projected: (B, *S, C)."""
-        batch = parts.q.shape[0]
-        windows = out.reshape(batch, parts.q.shape[1], parts.q.shape[2], self.dim)
-        out = window_reverse(windows, parts.window, sizes, parts.counts)
+    def _join(self, out: Tensor, parts: Windows) -> Tensor:
+        """The padded map (B, *S, C) of `out` (B R, T, C)."""
+        windows = out.reshape(parts.q.shape[0], parts.q.shape[1], parts.q.shape[2], self.dim)
+        padded = [n * w for n, w in zip(parts.counts, parts.window, strict=True)]
+        return window_reverse(windows, parts.window, padded, parts.counts)
+
+    def _finish(self, out: Tensor, values: Tensor, sizes: Sequence[int]) -> Tensor:
+        """`out`, cut to `sizes`, plus the convolution of the values, projected: (B, *S, C)."""
+        out = crop(out, sizes)
         if self.lepe is not None:
-            out = out + crop(convolve(self.lepe, parts.value_map), sizes)
+            out = out + crop(depthwise(self.lepe, values), sizes)
         if self.variant == "legacy":
             return self.wo(out)  # type: ignore[no-any-return]
         return pointwise(self.output_linear, out)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from visattn.attention import _checks as check
+from visattn.attention._depthwise import depthwise
 
 CONVOLUTION: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -64,10 +65,7 @@ class DepthwiseConvolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, *S, C); ValueError for another shape."""
         check.channels_last("DepthwiseConvolution", x, self.dim, (self.rank,))
-        # Contiguous, since PyTorch's bfloat16 convolution of channels-last volumes on the CPU gives a wrong gradient of
-        # the weights where an axis is shorter than the kernel (seen in 2.15).
-        out: Tensor = self.conv(x.movedim(-1, 1).contiguous()).movedim(1, -1)
-        return out
+        return depthwise(self.conv, x)
 
     def extra_repr(self) -> str:
         """The settings shown by `repr`."""

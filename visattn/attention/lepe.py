@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
+from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import exact_logits
 from visattn.attention._windows import flat_index
 
@@ -37,17 +38,6 @@ def local_enhancement(dim: int, kernel_size: int, rank: int) -> nn.Module | None
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"side_dwconv must be odd, or 0 for no convolution, got {kernel_size!r}")
     return CONV[rank](dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-
-def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """`conv` of a channels-last map (B, *S, C), an image as it lies in memory.
-
-    A volume is copied: PyTorch's bfloat16 convolution of channels-last volumes on the CPU gives a wrong gradient of a
-    depthwise kernel of five tokens a side.
-    """
-    permuted = x.movedim(-1, 1)
-    out: Tensor = conv(permuted.contiguous() if x.dim() == 5 else permuted).movedim(1, -1)
-    return out
 
 
 class LePEAttention(nn.Module):
@@ -115,7 +105,7 @@ class LePEAttention(nn.Module):
         out = scaled_dot_product(q, k, v, None, self.scale, drop)
         out = out.transpose(1, 2).reshape(x.shape)
         if self.lepe is not None:
-            out = out + convolve(self.lepe, x if self.variant == "legacy" else values)
+            out = out + depthwise(self.lepe, x if self.variant == "legacy" else values)
         out = pointwise(self.proj, out)
         return self.proj_drop(out)  # type: ignore[no-any-return]
 
