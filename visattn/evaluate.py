@@ -6,6 +6,7 @@ numbers that `validate` and `test` give for probabilities (`docs/evaluate.md`).
 """
 
 import hashlib
+import math
 import os
 import platform
 import sys
@@ -304,7 +305,7 @@ def print_table(entries: Sequence[Summary]) -> None:
             table.add_row(Text(shown(name) if name != names[-1] else "mean of the classes", style="bold"))
         for entry in (entry for entry in entries if entry.name == name):
             info = METRICS[entry.metric]
-            interval = f"{entry.low:.4f} \u2013 {entry.high:.4f}" if entry.low == entry.low else "\u2013"
+            interval = f"{entry.low:.4f} \u2013 {entry.high:.4f}" if math.isfinite(entry.low) else "\u2013"
             table.add_row(
                 Text(info.title + (f" ({info.unit})" if info.unit else "")),
                 f"{entry.mean:.4f}" if entry.cases else "\u2013",
@@ -317,17 +318,19 @@ def print_table(entries: Sequence[Summary]) -> None:
 
 def _tell(plan: Plan, groups: Sequence[str], target: Path, rounded: int, report: bool) -> None:
     number = len(set(groups))
-    of = f"{number} groups" if number < len(groups) else "cases"
-    lines = [f"{len(groups)} cases; 95 % intervals by bootstrap over {of}"]
+    drawn = f"{number} groups" if number < len(groups) else "cases"
+    lines = [f"{len(groups)} cases; 95 % intervals by bootstrap over {drawn}"]
     if plan.missing:
-        lines.append(f"{len(plan.missing)} without prediction, counted as misses: {few(plan.missing)}")
+        lines.append(f"without prediction, counted as misses: {len(plan.missing)}: {few(plan.missing)}")
     if plan.extra:
-        lines.append(
-            f"{len(plan.extra)} predictions without a true mask, left out: {few([p.name for p in plan.extra])}"
-        )
+        names = few([path.name for path in plan.extra])
+        lines.append(f"predictions without a true mask, left out: {len(plan.extra)}: {names}")
+    without = sum(pair.image is None for pair in plan.pairs)
+    if 0 < without < len(plan.pairs):
+        lines.append(f"cases without image, shown on a plain ground: {without}")
     if rounded:
         lines.append(
-            f"{rounded} predictions hold values that the labels do not name (soft edges, JPEG, probabilities); "
+            f"predictions with values that the labels do not name (soft edges, JPEG, probabilities): {rounded}; "
             "each pixel took the nearest label"
         )
     files = [CASES, SUMMARY, INPUTS, f"{OVERLAYS}/", *([REPORT] if report else [])]

@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from visattn.data.cases import LAYOUTS
 from visattn.errors import UserError, unknown
@@ -113,15 +114,18 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
     Raises:
         UserError: A folder does not exist or holds no mask, nothing pairs, or `prediction` is a run folder.
     """
+    for folder in filter(None, (prediction, truth, images)):
+        if folder.is_file():
+            raise UserError(f"{shown(folder)}: is a file; name the folder that it lies in")
     if (prediction / SUMMARY).is_file() and (prediction / "masks").is_dir():
         raise UserError(f"{shown(prediction)}: is a run folder.\nName its masks: {shown(prediction / 'masks')}")
     problems: list[str] = []
     true = _keys(truth, output, "masks", problems)
     predicted = _keys(prediction, output, "masks", problems)
-    pictures: dict[str, Path] = {}
+    pictures: dict[str, _File] = {}
     if images is not None:
         pictures = _keys(images, output, "images", problems)
-    elif any(truth in path.parents[1:] and _layout(path.parents[1]) for path in true.values()):
+    elif any(truth in file.path.parents[1:] and _layout(file.path.parents[1]) for file in true.values()):
         pictures = _keys(truth, output, "images", [])
     stems = [_by_stem(keys) for keys in (true, predicted)]
     clash = next((pair for _, pair in stems if pair), None)
@@ -132,12 +136,22 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
         raise UserError(_nothing_pairs(prediction, truth, predicted, true, clash))
     if images is not None and not true.keys() & pictures.keys():
         raise UserError(f"--images {shown(images)}: holds no image of the name of a true mask in {shown(truth)}")
-    pairs = tuple(Pair(key, true[key], predicted.get(key), pictures.get(key)) for key in sorted(true))
-    extra = tuple(predicted[key] for key in sorted(predicted.keys() - true.keys()))
+    pairs = tuple(
+        Pair(file.name, file.path, *(files[key].path if key in files else None for files in (predicted, pictures)))
+        for key, file in sorted(true.items())
+    )
+    extra = tuple(predicted[key].path for key in sorted(predicted.keys() - true.keys()))
     return Plan(pairs, extra, tuple(problems))
 
 
-def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[str, Path]:
+class _File(NamedTuple):
+    """A file, and the name of its case as its folder spells it; pairs are made by the NFC form of that."""
+
+    name: str
+    path: Path
+
+
+def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[str, _File]:
     """The files below `folder` by their path in it, without suffix, common ending and the name of a mask folder."""
     try:
         found = find_images([folder], output)
@@ -146,26 +160,25 @@ def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[st
             raise UserError(f"{shown(folder)}: volumes (NIfTI) cannot be scored yet, only image files.") from None
         raise
     written = (folder / MANIFEST).is_file()  # by visattn predict
-    keys: dict[str, list[Path]] = {}
+    names: dict[Path, str] = {}
     for path, relative in found:
         if written and relative.parts[0] in {"probabilities", "overlays"}:
             continue
         key = _without_layout(folder, relative, part)
         if key is not None:
-            text = unicodedata.normalize("NFC", str(key.with_name(key.stem)))
-            keys.setdefault(text, []).append(path)
-    if not keys:
+            names[path] = str(key.with_name(key.stem))
+    if not names:
         raise UserError(f"{shown(folder)}: no {part[:-1]} in this folder.")
     for ending in ENDINGS if part == "masks" else ():
-        if all(key.endswith(ending) and PurePosixPath(key).name != ending for key in keys):
-            keys = {key.removesuffix(ending): paths for key, paths in keys.items()}
+        if all(name.endswith(ending) and PurePosixPath(name).name != ending for name in names.values()):
+            names = {path: name.removesuffix(ending) for path, name in names.items()}
             break
-    problems += [
-        f"{shown(paths[0])} and {shown(paths[1].name)}: the same stem twice; keep one of them"
-        for paths in keys.values()
-        if len(paths) > 1
-    ]
-    return {key: paths[0] for key, paths in keys.items()}
+    keys: dict[str, _File] = {}
+    for path, name in names.items():
+        file = keys.setdefault(unicodedata.normalize("NFC", name), _File(name, path))
+        if file.path is not path:
+            problems.append(f"{shown(file.path)} and {shown(path)} have the same stem; keep one of them")
+    return keys
 
 
 def _without_layout(folder: Path, relative: PurePosixPath, part: str) -> PurePosixPath | None:
@@ -193,14 +206,14 @@ def _layout(folder: Path) -> dict[str, str] | None:
     return None
 
 
-def _by_stem(keys: Mapping[str, Path]) -> tuple[dict[str, Path], tuple[Path, Path] | None]:
+def _by_stem(keys: Mapping[str, _File]) -> tuple[dict[str, _File], tuple[Path, Path] | None]:
     """The files by stem alone, and two that share one."""
-    found: dict[str, Path] = {}
+    found: dict[str, _File] = {}
     clash = None
-    for key, path in keys.items():
-        other = found.setdefault(PurePosixPath(key).name, path)
-        if other is not path:
-            clash = clash or (other, path)
+    for key, file in keys.items():
+        other = found.setdefault(PurePosixPath(key).name, _File(PurePosixPath(file.name).name, file.path))
+        if other.path is not file.path:
+            clash = clash or (other.path, file.path)
     return found, clash
 
 

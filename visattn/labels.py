@@ -138,7 +138,8 @@ class Labels:
         if high == 1 and not self._holds(1) and _gap(self) >= _SAFE_GAP:
             raise UserError(
                 f"{source}: the mask holds only 0 and 1, but labels says {self._shown()}; "
-                "write the 1 into the labels block, as in {background: 0, object: 1}"
+                "write the 1 into the labels block, as in {background: 0, object: 1}, "
+                "or {background: 0, object: [255, 1]} where masks of both kinds lie together"
             )
         indices: NDArray[np.uint8] = table[array]
         wrong = indices == _UNKNOWN
