@@ -120,8 +120,10 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("machine", [CPU, GPU, SMALL_GPU], ids=["cpu", "gpu", "small-gpu"])
-@pytest.mark.parametrize("prepare", DATA)
+@pytest.mark.parametrize(
+    ("prepare", "machine"),
+    [*((prepare, CPU) for prepare in DATA), (three_classes, GPU), (deep_grey, SMALL_GPU), (parts, GPU)],
+)
 def test_the_recipe_is_valid_and_its_data_loads(prepare, machine, here, capsys):
     prepare(here / "data")
     assert init(here / "data", here / "recipe.yaml", machine) == 0
@@ -210,7 +212,7 @@ def test_the_same_data_and_machine_give_the_same_file(here):
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("prepare", DATA)
+@pytest.mark.parametrize("prepare", [three_classes, deep_grey, parts, with_ignore, videos])
 def test_every_value_says_why(prepare, here):
     prepare(here / "data")
     init(here / "data", here / "recipe.yaml", GPU)
@@ -317,7 +319,7 @@ def test_16_bit_images_that_are_nearly_black(here, capsys):
 LABELS = {"two": Labels.from_config({"a": 0, "b": 1}), "five": Labels.from_config({str(i): i for i in range(5)})}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(LABELS)),
     st.lists(st.tuples(st.integers(8, 4000), st.integers(8, 4000)), min_size=1, max_size=5),
@@ -392,7 +394,7 @@ def test_this_machine_without_a_gpu_needs_no_torch(tmp_path):
         max_leaves=6,
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_values_are_read_back(value):
     def rounded(item):  # numbers are written to seven digits
         if isinstance(item, dict):
