@@ -3,6 +3,9 @@
 import csv
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,133 @@ def test_stopped_within_an_epoch_and_continued_equals_uninterrupted(wholes, poly
 def test_wherever_it_is_stopped(wholes, polyps, tmp_path, monkeypatch, capsys, at, keys):
     stop_and_continue(polyps, tmp_path / "run", monkeypatch, capsys, at, **keys)
     assert_equal_runs(wholes(**keys), tmp_path / "run")
+
+
+def start(polyps: Path, run: Path, log: Path, **keys: str) -> subprocess.Popen[bytes]:
+    """The command in a session of its own, as a shell or a scheduler starts it."""
+    environment = {key: value for key, value in os.environ.items() if key not in {"VISATTN_RUN", "LOCAL_RANK"}}
+    words = [sys.executable, "-m", "visattn", *arguments(polyps, run, **keys)]
+    return subprocess.Popen(words, stderr=log.open("wb"), start_new_session=True, env=environment)
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
+    until = time.monotonic() + 200
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
+        time.sleep(0.1)
+
+
+LONG = {"trainer__max_epochs": "500"}  # stopped long before
+
+
+@pytest.mark.slow  # starts processes, which import lightning
+@pytest.mark.parametrize(
+    ("number", "group", "code"),
+    [(signal.SIGTERM, True, 143), (signal.SIGUSR1, False, 143), (signal.SIGINT, True, 130)],
+    ids=["SIGTERM to the group", "SIGUSR1", "Ctrl-C"],
+)
+def test_a_command_with_loading_processes_saves_and_says_so(polyps, tmp_path, number, group, code):
+    """A scheduler's SIGTERM and Ctrl-C reach the loaders too, which must not take the training down."""
+    log = tmp_path / "log"
+    process = start(polyps, tmp_path / "run", log, data__num_workers="2", data__cache="false", **LONG)
+    wait_for(log, "epoch 2/500", process)
+    (os.killpg if group else os.kill)(process.pid, number)
+    assert process.wait(60) == code, log.read_text()
+    error = log.read_text()
+    assert f"stopped by {signal.Signals(number).name}" in error
+    assert "--ckpt_path last" in error
+    assert "Traceback" not in error
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] >= 8
+
+
+@pytest.mark.slow  # two processes import lightning, twice
+@pytest.mark.parametrize("group", [False, True], ids=["first process", "all processes"])
+def test_two_processes_stop_at_the_same_step_and_go_on(polyps, tmp_path, group):
+    log, keys = tmp_path / "log", {"trainer__devices": "2", "data__num_workers": "1"}
+    process = start(polyps, tmp_path / "run", log, **keys, **LONG)
+    wait_for(log, "epoch 2/500", process)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143, log.read_text()
+    error = log.read_text()
+    assert error.count("stopped by SIGTERM") == 1
+    assert "Traceback" not in error
+    content = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert len(content["visattn_epoch"]["sums"]) == 2
+    epochs = str(content["epoch"] + 2)
+    words = [*arguments(polyps, tmp_path / "run", **keys, trainer__max_epochs=epochs), "--ckpt_path", "last"]
+    result = subprocess.run([sys.executable, "-m", "visattn", *words], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    rows = rows_of(tmp_path / "run/metrics.csv")
+    assert [int(row["step"]) for row in rows] == [2 * (index + 1) for index in range(int(epochs))]
+
+
+@pytest.mark.slow  # a run, and the end of another
+def test_a_run_that_stopped_early_goes_on_to_its_report_only(wholes, polyps, tmp_path, monkeypatch, capsys):
+    stop = "[{class_path: EarlyStopping, init_args: {monitor: val/loss, patience: 1, min_delta: 100.0}}]"
+    keys = {"trainer__callbacks": stop, "trainer__max_epochs": "5"}
+    whole = wholes(**keys)
+    assert "stopped early after epoch 2: Monitored metric val/loss did not improve" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("visattn.fit.write_results", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_fit(polyps, tmp_path / "run", **keys) == 143
+    assert "--ckpt_path last" in capsys.readouterr().err
+    assert not (tmp_path / "run/cases.csv").exists()
+    assert run_fit(polyps, tmp_path / "run", resume=True, **keys) == 0
+    assert_equal_runs(whole, tmp_path / "run")
+    assert len(rows_of(whole / "metrics.csv")) == 2
+
+
+@pytest.mark.slow  # trains
+def test_the_schedule_counts_optimiser_steps(wholes):
+    rows = rows_of(wholes(trainer__accumulate_grad_batches="2", model__schedule="{name: cosine}") / "metrics.csv")
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert float(rows[1]["lr"]) == pytest.approx(float(rows[0]["lr"]) / 2)
+
+
+@pytest.mark.slow  # trains two epochs
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_and_names_the_file(polyps, tmp_path, monkeypatch, capsys):
+    save, calls = torch.save, []
+
+    def full(content, handle):
+        calls.append(handle)
+        if len(calls) > 2:  # best and last of the first epoch
+            handle.write(b"PK half")
+            raise OSError(28, "No space left on device")
+        save(content, handle)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert run_fit(polyps, tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt: the checkpoint cannot be written: No space left on device" in error
+    assert "Traceback" not in error
+    assert sorted(os.listdir(tmp_path / "run/checkpoints")) == ["best.ckpt", "last.ckpt"]
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
+    assert run_fit(polyps, tmp_path / "run", resume=True) == 0
+
+
+@pytest.mark.slow  # trains two epochs
+def test_what_is_scored_and_predicted_is_the_average(wholes):
+    run = wholes(model__ema="0.9")
+    content = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    average, raw = (
+        {k: v for k, v in content[key].items() if k.startswith("network.")} for key in ("state_dict", "visattn_raw")
+    )
+    assert average.keys() == raw.keys()
+    assert not any(torch.equal(average[key], raw[key]) for key in raw if key.endswith("conv2.weight"))
+
+
+@pytest.mark.slow  # compiles
+def test_a_compiler_that_fails_names_its_key(polyps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHDYNAMO_SUPPRESS_ERRORS", "0")
+
+    def broken(graph, inputs):
+        raise OSError("no compiler")
+
+    from torch import nn
+
+    compile_with = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_with(self, backend=broken))
+    assert run_fit(polyps, tmp_path / "run", model__compile="true") == 2
+    assert "model.compile: torch.compile failed" in capsys.readouterr().err

@@ -148,8 +148,9 @@ def _umasks(count: int):
 def test_leftovers_of_a_killed_process_go_and_nothing_else(tmp_path):
     for name in (".last-0123456789ab.part.ckpt", "last.ckpt", ".lock", "part.ckpt"):
         (tmp_path / name).touch()
+    (tmp_path / ".masks.part").mkdir()
     remove_leftovers(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".lock", "last.ckpt", "part.ckpt"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", ".masks.part", "last.ckpt", "part.ckpt"]
 
 
 def test_a_run_without_a_checkpoint_is_begun_again(tmp_path):

@@ -36,7 +36,8 @@ def atomic_write(path: Path | str) -> Iterator[Path]:
 def remove_leftovers(folder: Path | str) -> None:
     """Remove the temporary files of processes that were killed while they wrote into `folder` itself."""
     for path in Path(folder).glob(".*.part*"):
-        path.unlink(missing_ok=True)
+        if path.is_file():  # a folder that was being filled belongs to its owner
+            path.unlink(missing_ok=True)
 
 
 def write_bytes_atomic(path: Path | str, data: bytes) -> None:

@@ -109,6 +109,18 @@ class StopOnSignal(L.Callback):
                 # One batch begun and not finished is what Lightning takes for a validation to be done again.
                 count.update(ready=1, started=1, processed=0, completed=0)
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Begin an epoch after one that ended, also with `max_steps`, where Lightning would end it a second time."""
+        if trainer.state.fn != TrainerFn.FITTING or trainer.max_steps == -1:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+        if epochs["current"]["ready"] == epochs["current"]["processed"]:
+            for count in (epochs["total"], epochs["current"]):
+                count["completed"] = count["processed"]
+            batches["current"] = dict.fromkeys(batches["current"], 0)
+            batches["is_last_batch"] = False
+
     def _asked(self, trainer: L.Trainer) -> bool:
         asked = self.request.signal is not None
         if trainer.world_size > 1:  # all stop at the same batch, or those that go on wait for ever
