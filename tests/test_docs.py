@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+RECIPE = ROOT / "recipes" / "polyp_pranet.yaml"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "LICENSES.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -152,7 +154,7 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, doctor, evaluate, fit, folds, predict
+    from visattn import checkpoint, doctor, evaluate, fit, folds, init, predict
     from visattn.cli import main
     from visattn.data import phantom
     from visattn.recipe import resolve
@@ -166,6 +168,8 @@ def accepts(monkeypatch, capsys):
     )
     monkeypatch.setattr(checkpoint, "export_weights", lambda *args: [])
     monkeypatch.setattr(phantom, "write_phantom", lambda *args: None)
+    # What init writes is trained in the page's next line.
+    monkeypatch.setattr(init, "write_recipe", lambda _, output, **keys: shutil.copy(RECIPE, output) and 0)
 
     def check(words: list[str]) -> tuple[bool, str]:
         try:
