@@ -1,0 +1,151 @@
+"""Normalising the values of a volume's channels, safe against NaN, infinities and constant images.
+
+What is not finite takes part in no statistic and becomes 0, the mean. Statistics of `ct` come from the training cases
+(Isensee et al., nnU-Net, 2021); all others from the volume itself.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from visattn.errors import UserError, unknown
+
+Method = Literal["zscore", "zscore_masked", "percentile", "ct", "none"]
+METHODS: tuple[str, ...] = get_args(Method)
+
+_BINS = 256  # of Otsu's histogram
+_MOST = 2_000_000  # voxels that a percentile is taken of; more change it by less than a thousandth
+
+
+@dataclass(frozen=True)
+class Normalise:
+    """How one channel is normalised.
+
+    Args:
+        name: `zscore`: minus mean, over standard deviation of all voxels. `zscore_masked`: of the voxels of the head or
+            body (see `body_mask`). `percentile`: clipped to two percentiles and scaled to 0..1. `ct`: clipped to `low`
+            and `high`, minus `mean`, over `std`, all of the training cases' foreground. `none`.
+        percentiles: Of `percentile`, and those that `low` and `high` stand for.
+        low: Of `ct`.
+        high: Of `ct`.
+        mean: Of `ct`.
+        std: Of `ct`.
+    """
+
+    name: Method = "zscore"
+    percentiles: tuple[float, float] = (0.5, 99.5)
+    low: float | None = None
+    high: float | None = None
+    mean: float | None = None
+    std: float | None = None
+
+    @classmethod
+    def from_config(cls, config: str | Mapping[str, Any], where: str = "data.normalise") -> "Normalise":
+        """Read a name, or a mapping with `name` and its arguments.
+
+        Raises:
+            UserError: The name or a key is unknown, or a value cannot be.
+        """
+        given: dict[str, Any] = {"name": config} if isinstance(config, str) else dict(config)
+        if given.get("name") not in METHODS:
+            raise unknown(f"method at {where}:", str(given.get("name")), METHODS)
+        known = list(cls.__dataclass_fields__)
+        for key in given:
+            if key not in known:
+                raise unknown(f"key of {where}", str(key), known)
+        if "percentiles" in given:
+            given["percentiles"] = tuple(given["percentiles"])
+        method = cls(**given)
+        low, high = method.percentiles if len(method.percentiles) == 2 else (1.0, 0.0)
+        if not 0 <= low < high <= 100:
+            raise UserError(f"{where}: percentiles need two rising numbers of 0 to 100, got {given['percentiles']!r}")
+        if method.std is not None and not method.std > 0:
+            raise UserError(f"{where}: std must be above 0, got {method.std!r}")
+        return method
+
+    def to_config(self) -> dict[str, Any]:
+        """Plain Python that `from_config` reads back."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @property
+    def complete(self) -> bool:
+        """Whether all statistics are there; those of `ct` are found when the training cases are known."""
+        return self.name != "ct" or None not in (self.low, self.high, self.mean, self.std)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Normalise one channel (D, H, W), float32; the input is left alone."""
+        finite = torch.isfinite(values)
+        whole = bool(finite.all())
+        known = values if whole else values[finite]
+        if known.numel() == 0:
+            return torch.zeros_like(values)
+        if self.name == "none":
+            result = values.clone()
+        elif self.name == "percentile":
+            low, high = percentiles(known, self.percentiles)
+            result = (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
+        elif self.name == "ct":
+            if self.low is None or self.high is None or self.mean is None or self.std is None:
+                raise ValueError("the statistics of 'ct' are not known yet")
+            result = (values.clamp(self.low, self.high) - self.mean) / self.std
+        else:
+            inside = known
+            if self.name == "zscore_masked":
+                mask = body_mask(torch.where(finite, values, known.min()).numpy())
+                inside = values[torch.from_numpy(mask) & finite] if mask.any() else known
+            mean, std = _moments(inside)
+            result = (values - mean) / std if std > 0 else torch.zeros_like(values)
+        return result if whole else torch.where(finite, result, 0.0)
+
+
+def _moments(values: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation, each in one pass and in float64."""
+    array = values.numpy()
+    mean = float(array.mean(dtype=np.float64))
+    std = float(array.std(dtype=np.float64))
+    # A constant image has no spread, but rounding gives it some.
+    return mean, 0.0 if std <= 1e-6 * max(abs(mean), 1e-12) else std
+
+
+def percentiles(values: Tensor, shares: Sequence[float]) -> tuple[float, float]:
+    """Two percentiles of all values, of an even sample of them where there are very many."""
+    flat = values.reshape(-1)
+    step = math.ceil(flat.numel() / _MOST)
+    low, high = np.percentile(flat[::step].numpy(), list(shares))
+    return float(low), float(high)
+
+
+def otsu(values: NDArray[np.floating[Any]]) -> float:
+    """The threshold that best parts a histogram in two (Otsu, IEEE Trans. SMC 1979)."""
+    low, high = np.percentile(values, [0, 99.9])
+    if not high > low:
+        return float(high)
+    counts, edges = np.histogram(values, _BINS, (low, high))
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    mean_below = np.cumsum(counts * centres) / np.maximum(below, 1)
+    mean_above = (np.sum(counts * centres) - np.cumsum(counts * centres)) / np.maximum(above, 1)
+    between = below * above * (mean_below - mean_above) ** 2
+    return float(edges[int(between.argmax()) + 1])
+
+
+def body_mask(values: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Head or body in a volume (D, H, W): the largest bright component with its holes filled.
+
+    Zeros inside the body, such as air or a dark ventricle, belong to it; bright noise outside does not.
+    """
+    labels, count = ndimage.label(values > otsu(values))
+    if count == 0:
+        return np.zeros(values.shape, bool)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    filled: NDArray[np.bool_] = ndimage.binary_fill_holes(labels == sizes.argmax())
+    return filled
