@@ -108,6 +108,12 @@ def test_a_folder_that_is_no_data_set(tmp_path, prepare, message):
     assert len(str(caught.value).splitlines()) <= 6
 
 
+def test_the_folder_of_images_alone(tmp_path):
+    pair(tmp_path / "polyps", "a")
+    with pytest.raises(UserError, match="give the folder above, polyps"):
+        survey(tmp_path / "polyps" / "images")
+
+
 @pytest.mark.parametrize(("suffix", "tint", "grey"), [(".png", 0, True), (".png", 30, False), (".jpg", 0, True)])
 def test_grey_in_three_channels(tmp_path, suffix, tint, grey):
     ramp = np.tile(np.arange(0, 200, 5, dtype=np.uint8), (40, 1))

@@ -319,6 +319,8 @@ def _no_folder(root: Path, base: Path) -> str:
 
 
 def _no_layout(root: Path, base: Path, below: Iterable[Path]) -> str:
+    if has_layout(base.absolute().parent):
+        return f"{root}: holds one half of the data; give the folder above, {base.absolute().parent.name}"
     found = ", ".join(_names(base.iterdir())[:8]) or "nothing"
     text = f"{root}: holds no images/ with masks/ (nor image/ with mask/), nor folders that do\nFound there: {found}"
     endings = ("_mask", "_masks", "_seg", "_segmentation", "_gt", "_label")
