@@ -447,7 +447,7 @@ HOSTILE = [
     '"><img src=x onerror=alert(1)>',
     "{{ 7 * 7 }}",
     "=1+1",
-    "$\\frac{",
+    "$\\frac{$",
     "名\u202e",
     "[red]a[/red]",
 ]

@@ -154,7 +154,7 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, doctor, evaluate, fit, folds, init, predict
+    from visattn import checkpoint, compare, doctor, evaluate, fit, folds, init, predict
     from visattn.cli import main
     from visattn.data import phantom
     from visattn.recipe import resolve
@@ -163,6 +163,7 @@ def accepts(monkeypatch, capsys):
     monkeypatch.setattr(folds, "fit_folds", lambda chosen, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(predict, "predict_folder", lambda *args, **kwargs: 0)
     monkeypatch.setattr(evaluate, "evaluate_folder", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(compare, "compare_runs", lambda *args, **kwargs: 0)
     monkeypatch.setattr(
         doctor, "run_doctor", lambda folder, configs, rest, **_: 0 if not configs else not resolve(configs, rest)
     )
