@@ -163,6 +163,14 @@ def test_missing_and_surplus_predictions_are_refused_by_name_or_counted(folders,
     assert scored.inputs["p0_0", "p0_0"].prediction is None
 
 
+def test_a_surplus_prediction_alone_is_refused_too(folders, capsys):
+    write(folders / "pred" / "p7_7.png", square(1, 1))
+    assert evaluate() == 2
+    assert "no true mask for 1: p7_7.png" in told(capsys)
+    assert evaluate("--missing", "miss") == 0
+    assert len(read_cases(folders / "pred" / "evaluation" / "cases.csv")) == 5
+
+
 def test_all_that_is_wrong_is_told_at_once(folders, capsys):
     write(folders / "pred" / "p0_0.png", square(10, 10, shape=(50, 40)))
     write(folders / "pred" / "p0_1.png", square(10, 10, value=1))
