@@ -38,6 +38,8 @@ split = json.loads((run.parent / "splits.json").read_text())[number]
 if how == "fail":
     sys.exit(7)
 (run / "checkpoints/last.ckpt").touch()
+if how == "die":
+    os.kill(os.getpid(), signal.SIGKILL)
 if how == "wait":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
@@ -145,6 +147,16 @@ def test_a_failing_fold_ends_the_command_and_keeps_the_others(fake, polyps, tmp_
     assert main(words[1:]) == 0  # the very command that was printed
     assert started(run) == ["0", "1", "1", "2"]
     assert read_scored(run).summary["recipe"] == "polyp_pranet"
+
+
+def test_a_child_that_is_killed_is_told_by_its_signal_and_continued(fake, polyps, tmp_path, capfd):
+    run = tmp_path / "run"
+    fake[0] = "die"
+    assert fit(polyps, run, "--data.folds", "2") == 137
+    assert "fold-0 failed (exit code 137)" in capfd.readouterr().err
+    del fake[0]
+    assert fit(polyps, run, "--data.folds", "2", "--ckpt_path", "last") == 0
+    assert started(run) == ["0", "0 resumed", "1"]
 
 
 def test_a_first_fold_that_fails_at_once_leaves_no_folder(fake, polyps, tmp_path, monkeypatch):

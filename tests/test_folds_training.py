@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -94,20 +93,15 @@ def test_the_ensemble_is_the_mean_of_its_members_bit_for_bit(whole, polyps, tmp_
         np.testing.assert_array_equal(written, (mean[0] >= 0.5) * 255)
 
 
-def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(whole, polyps, tmp_path):
+@pytest.mark.timeout(600)  # two commands that train, one of them twice
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(whole, polyps, tmp_path):
     run = tmp_path / "broken"
     process = start(polyps, run)
     wait_for(run / "fold-0" / "checkpoints" / "last.ckpt", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 143
-    process = start(polyps, run, "--ckpt_path", "last")
-    wait_for(run / "fold-1" / "config.yaml", process)
-    listing = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    children = subprocess.run(listing, capture_output=True, check=True, text=True)
-    os.kill(int(children.stdout.split()[0]), signal.SIGKILL)  # the training alone: out of memory, say
-    assert process.wait(120) == 137
     assert not (run / "summary.json").exists()
-    assert start(polyps, run, "--ckpt_path", "last").wait(600) == 0
+    assert start(polyps, run, "--ckpt_path", "last").wait(500) == 0
     for number in range(2):
         first, second = weights(whole, number), weights(run, number)
         assert all(torch.equal(value, second[key]) for key, value in first.items())
