@@ -151,13 +151,13 @@ def test_neighbourhood_attention(setting, backend, kind, share):
 
     def run(tensors, backend):
         leaves = [each.detach().requires_grad_() for each in tensors]
-        out, lse = neighborhood_attention(
-            *leaves, kernel, stride, dilation, causal, backend=backend, return_lse=True
-        )  # fmt: skip
+        out = neighborhood_attention(*leaves, kernel, stride, dilation, causal, backend=backend)
+        with torch.no_grad():
+            _, lse = neighborhood_attention(*leaves, kernel, stride, dilation, causal, backend=backend, return_lse=True)
         return [out, lse, *torch.autograd.grad(out, leaves, grad.to(out))]
 
-    if backend == "natten" and kind is torch.float32 and any(causal):
-        pytest.skip("natten has no float32 kernel for this on every GPU")
+    if backend != "torch":
+        share = max(share, 5e-3)  # natten's products of float32 may be TF32
     want = run([each.double() for each in tensors], "reference")
     for value, other in zip(run([each.to(DEVICE) for each in tensors], backend), want, strict=True):
         near(value.detach().cpu(), other, share)

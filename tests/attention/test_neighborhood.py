@@ -372,7 +372,7 @@ class TestOperator:
                 neighborhood_attention(**({"query": good, "key": good, "value": good} | changed))
 
     def test_natten_is_used_only_with_its_library(self):
-        x = torch.zeros(1, 6, 1, 4)
+        x = torch.zeros(1, 6, 1, 8)
         with pytest.raises(ImportError, match="HAS_LIBNATTEN"):
             neighborhood_attention(x, x, x, 3, backend="natten")
         with pytest.raises(ValueError, match="no position bias"):

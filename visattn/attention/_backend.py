@@ -76,13 +76,13 @@ def natten_module() -> Any:
     return natten if getattr(natten, "HAS_LIBNATTEN", False) else None
 
 
-def resolve(backend: str, query: Tensor, unsupported: bool) -> str:
+def resolve(backend: str, query: Tensor, unsupported: str) -> str:
     """The backend that computes a call of neighbourhood attention.
 
     Args:
         backend: As asked for, one of `BACKENDS`.
         query: One of the tensors.
-        unsupported: Whether natten cannot do what is asked.
+        unsupported: What natten cannot do of what is asked; empty if it can do all of it.
 
     Raises:
         ValueError: If there is no such backend, or natten is asked for and cannot do it.
@@ -92,7 +92,7 @@ def resolve(backend: str, query: Tensor, unsupported: bool) -> str:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if backend == "natten":
         if unsupported:
-            raise ValueError("backend='natten' has no position bias and no window larger than the map: use 'torch'")
+            raise ValueError(f"backend='natten' has {unsupported}: use 'torch'")
         if natten_module() is None:
             raise ImportError(
                 "backend='natten' needs natten and its compiled library (natten.HAS_LIBNATTEN), which PyPI does not "

@@ -139,6 +139,24 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
 
 
+def _not_for_natten(
+    tensors: tuple[Tensor, Tensor, Tensor], axes: tuple[Axis, ...], scale: float, rpb: Tensor | None, return_lse: bool
+) -> str:
+    """What natten's kernels cannot do of a call; empty if they can do all of it."""
+    query, _, value = tensors
+    if rpb is not None:
+        return "no position bias"
+    if any(axis.kernel * axis.dilation > size for axis, size in zip(axes, query.shape[1:-2], strict=True)):
+        return "no window larger than the map"
+    if query.shape[-1] % 8 or value.shape[-1] % 8:
+        return "no head dim but multiples of 8"
+    if scale == 0:
+        return "no scale of 0, which it takes for its default"
+    if return_lse and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return "no gradient of the log-sum-exp, which it would leave out in silence"
+    return ""
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -154,10 +172,9 @@ def attend(
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    unsupported = rpb is not None
-    if backend != "torch" and not torch.compiler.is_compiling():  # no condition on sizes that may be symbolic
-        sizes = query.shape[1:-2]
-        unsupported |= any(axis.kernel * axis.dilation > size for axis, size in zip(axes, sizes, strict=True))
+    unsupported = ""
+    if backend in ("auto", "natten") and not torch.compiler.is_compiling():  # no condition on symbolic sizes
+        unsupported = _not_for_natten((query, key, value), axes, scale, rpb, return_lse)
     chosen = resolve(backend, query, unsupported)
     if chosen == "reference":
         out, lse = neighborhood_reference(query, key, value, axes, scale, rpb)
