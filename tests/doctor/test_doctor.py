@@ -115,6 +115,8 @@ def test_the_parts_are_those_of_training(clean, defects, split):
     (parts,) = [finding for finding in report.findings if finding.code == "parts"]
     assert parts.details[0].startswith(", ".join(f"{name} {number}" for name, number in counts.items()))
     (copy,) = [f for f in report.findings if f.code in ("duplicate-image", "duplicate-across-parts")]
+    torn = len({part[name] for name in ("phantom_0001", "phantom_0004", "phantom_0012")}) > 1
+    assert copy.code == ("duplicate-across-parts" if torn else "duplicate-image")
     (place,) = copy.places
     assert place.path == "images/phantom_0001.png"
     assert place.note == f"({part['phantom_0001']}) = " + ", ".join(
@@ -157,6 +159,22 @@ def test_the_table_of_groups_keeps_videos_and_copies_together(clean, defects, tm
     keys = ["--data.root", str(clean), "--data.split.val", "0.4", "--data.split.group_by", f"{table}:group"]
     codes = examine_recipe(["polyp_pranet"], keys).codes()
     assert not {"video-across-parts", "video-frames", "duplicate-image", "duplicate-across-parts"} & set(codes)
+
+
+def test_a_table_of_groups_that_cannot_be_written(clean, defects, capsys):
+    assert main(["doctor", str(clean), "--groups", str(clean / defects.IMAGE / "groups.csv")]) == 2
+    assert "--groups" in capsys.readouterr().err
+
+
+def test_images_of_one_name_share_a_group(tmp_path, capsys):
+    for part, seed in (("a", 1), ("b", 2)):
+        write_phantom(tmp_path / "set" / part, 3, seed=seed, size=(64, 80))
+    shutil.copy(tmp_path / "set/a/images/phantom_0002.png", tmp_path / "set/b/images/phantom_0001.png")
+    table = tmp_path / "groups.csv"
+    assert main(["doctor", str(tmp_path / "set"), "--groups", str(table)]) == 0
+    assert "2 groups" in capsys.readouterr().err
+    rows = dict(line.split(",") for line in table.read_text().splitlines()[1:])
+    assert rows == {"phantom_0000": "phantom_0000", "phantom_0001": "phantom_0001", "phantom_0002": "phantom_0001"}
 
 
 def test_a_file_name_does_not_write_to_the_terminal(clean, defects, capsys):

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from visattn.data.cases import Case, ImageFolder, scan_roots
+from visattn.data.cases import Case, ImageFolder, has_layout, scan_roots
 from visattn.doctor import recipe as recipes
 from visattn.doctor.copies import check_copies
 from visattn.doctor.files import check_files
-from visattn.doctor.findings import Finding, Findings
+from visattn.doctor.findings import Finding, Findings, printable
 from visattn.doctor.groups import write_groups
 from visattn.doctor.listing import check_folder
 from visattn.doctor.masks import Classes, check_classes, check_mixed, check_swapped, check_values
@@ -176,11 +176,12 @@ def _tell_constant(seen: Sequence[Seen], findings: Findings) -> None:
 
 def _refuse_volumes(root: Path) -> None:
     """Say of a folder with volumes that they are not examined, rather than that images are missing."""
-    if not root.is_dir():
+    if not root.is_dir() or has_layout(root):
         return
-    files = [path for path in (*root.glob("*"), *root.glob("*/*")) if path.name.lower().endswith(_VOLUMES)]
-    if files and not any((root / inside).is_dir() for inside in ("images", "image", "Original")):
+    files = (path for path in (*root.glob("*"), *root.glob("*/*")) if path.name.lower().endswith(_VOLUMES))
+    volume = next(files, None)
+    if volume is not None:
         raise UserError(
-            f"{root}: holds volumes ({files[0].relative_to(root)}), which doctor does not examine yet; "
+            f"{root}: holds volumes ({printable(str(volume.relative_to(root)))}), which doctor does not examine yet; "
             "it looks at folders of 2-D images with masks"
         )

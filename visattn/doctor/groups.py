@@ -25,29 +25,27 @@ def write_groups(path: Path, cases: Sequence[Case], ties: Sequence[tuple[int, in
         The number of groups.
 
     Raises:
-        UserError: Two images of one name lie in different groups, which a table by name cannot tell apart.
+        UserError: The file cannot be written.
     """
     stems = [case.image.stem for case in cases]
+    keys = [stems]  # a table of names cannot tell two images of one name apart
     guess = guess_group_by(stems) if len(stems) > 1 else None
-    tied = list(ties)
     if guess is not None:
+        keys.append([f"group {group}" for group in find_groups(cases, guess[0])])
+    tied = list(ties)
+    for names in keys:
         firsts: dict[str, int] = {}
-        for index, group in enumerate(find_groups(cases, guess[0])):
-            tied.append((firsts.setdefault(group, index), index))
+        tied += [(firsts.setdefault(name, index), index) for index, name in enumerate(names)]
     homes = list(range(len(cases)))
     for members in gather((a, b) for a, b in tied if a != b):
         for index in members:
             homes[index] = members[0]
-    names: dict[str, str] = {}
-    for stem, home in zip(stems, homes, strict=True):
-        if names.setdefault(stem, stems[home]) != stems[home]:
-            raise UserError(
-                f"--groups: images called '{stem}' lie in several folders and belong to different groups, which a "
-                "table of names cannot tell apart; rename them"
-            )
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["file", "group"])
-    writer.writerows([stem, names[stem]] for stem in stems)
-    write_text_atomic(path, text.getvalue())
+    writer.writerows({stem: stems[home] for stem, home in zip(stems, homes, strict=True)}.items())
+    try:
+        write_text_atomic(path, text.getvalue())
+    except OSError as error:
+        raise UserError(f"--groups {path}: cannot be written ({error.strerror or error})") from None
     return len(set(homes))

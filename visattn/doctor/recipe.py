@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from visattn.data import DATA
 from visattn.data.cases import PHANTOM, Case, ImageFolder, scan_roots, with_groups
 from visattn.data.splits import PARTS, Split, find_groups, split_cases
 from visattn.doctor.findings import Findings
@@ -84,6 +85,9 @@ def read_recipe(configs: Sequence[str], rest: Sequence[str]) -> DataSection:
         UserError: The recipe is no good.
     """
     name, tree = resolve(configs, rest)
+    if tree["data"]["class_path"] != DATA["ImageMaskFolder"]:
+        kind = tree["data"]["class_path"].rpartition(".")[2]
+        raise UserError(f"data.class_path: doctor examines the data of ImageMaskFolder alone, not of {kind}, yet")
     given = tree["data"]["init_args"]
     check_keys("data", given, KEYS)
     values = {**KEYS, **given}

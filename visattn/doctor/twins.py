@@ -12,7 +12,7 @@ two different images that differ by few bits are neighbouring frames of a video,
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -29,9 +29,12 @@ SMALL = 1024
 
 _BITS = 63
 _FLAT = 1e-6
+_ROUNDING = 1e-3
+_CHUNK = 1024
 _ENOUGH = 32  # twins of one image that are looked for: of a still video, each frame is tied to the next ones
 
 Hashes = NDArray[np.uint64]
+Number = TypeVar("Number", np.float16, np.float32)
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
@@ -75,15 +78,16 @@ def find_twins(thumbnails: NDArray[np.uint8], turned: bool = True) -> list[Twins
     unique: NDArray[np.int64] = np.array(sorted(firsts.values()), np.int64)
     if len(unique) < 2:
         return sorted(found.values())
-    plain = _standard(thumbnails[unique])
-    fine = _details(plain).reshape(plain.shape)
-    candidates = _every_pair(fine) if len(unique) <= SMALL else _near_hashes(plain)
+    small = thumbnails[unique]
+    fine = _details(small).reshape(small.shape)
+    candidates = _every_pair(fine) if len(unique) <= SMALL else _near_hashes(small)
     for turn in range(8 if turned else 1):
         first, second = candidates(turn)
-        for start in range(0, len(first), 4096):
-            a, b = first[start : start + 4096], second[start : start + 4096]
-            alike = (fine[a] * _turn(fine[b], turn)).sum(axis=(1, 2))
-            good = (alike >= ALIKE) & ((plain[a] * _turn(plain[b], turn)).sum(axis=(1, 2)) >= ALIKE_COARSE)
+        for start in range(0, len(first), _CHUNK):
+            a, b = first[start : start + _CHUNK], second[start : start + _CHUNK]
+            alike = _products(fine[a], _turn(fine[b], turn))
+            coarse = _products(_standard(small[a]), _turn(_standard(small[b]), turn))
+            good = (alike >= ALIKE) & (coarse >= ALIKE_COARSE)
             rows = zip(unique[a[good]].tolist(), unique[b[good]].tolist(), alike[good].tolist(), strict=True)
             for i, j, value in rows:
                 # Upright comes first: an image with a mirror plane is no mirrored copy.
@@ -91,28 +95,28 @@ def find_twins(thumbnails: NDArray[np.uint8], turned: bool = True) -> list[Twins
     return sorted(found.values())
 
 
-def _every_pair(fine: NDArray[np.float32]) -> Callable[[int], Pairs]:
+def _every_pair(fine: NDArray[np.float16]) -> Callable[[int], Pairs]:
     """For a small set: all pairs whose details agree."""
-    flat = fine.reshape(len(fine), -1)
+    flat = fine.reshape(len(fine), -1).astype(np.float32)
 
     def candidates(turn: int) -> Pairs:
-        alike = flat @ _turn(fine, turn).reshape(len(fine), -1).T
-        first, second = np.nonzero(np.triu(alike >= ALIKE, 1))
+        alike = flat @ _turn(fine, turn).reshape(len(fine), -1).astype(np.float32).T
+        first, second = np.nonzero(np.triu(alike >= ALIKE - _ROUNDING, 1))
         return first, second
 
     return candidates
 
 
-def _near_hashes(plain: NDArray[np.float32]) -> Callable[[int], Pairs]:
+def _near_hashes(small: NDArray[np.uint8]) -> Callable[[int], Pairs]:
     """For a large set: pairs whose hashes are near."""
-    coefficients = _frequencies(plain)
-    middle = np.median(coefficients, axis=0)
-    hashes = _hashes(coefficients, middle)
+    frequencies = _frequencies(small)
+    middle = np.median(frequencies, axis=0)
+    hashes = _hashes(frequencies, middle)
 
     def candidates(turn: int) -> Pairs:
         if turn == 0:
             return near_pairs(hashes)
-        return near_pairs(hashes, _hashes(_frequencies(_turn(plain, turn)), middle), RADIUS_TURNED)
+        return near_pairs(hashes, _hashes(_turn_frequencies(frequencies, turn), middle), RADIUS_TURNED)
 
     return candidates
 
@@ -160,7 +164,7 @@ def near_pairs(hashes: Hashes, others: Hashes | None = None, radius: int = RADIU
 
 def details(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     """The fine details of thumbnails (N, 32, 32) as unit vectors (N, 1024); zero where there are none."""
-    return _details(_standard(thumbnails))
+    return _details(thumbnails).astype(np.float32)
 
 
 def _standard(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -171,31 +175,52 @@ def _standard(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     return np.asarray(np.divide(plain, norm, out=np.zeros_like(plain), where=norm > _FLAT))
 
 
-def _frequencies(plain: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The 63 lowest frequencies (N, 63), without the mean."""
-    parts = [dctn(plain[i : i + 4096], axes=(1, 2), norm="ortho")[:, :8, :8] for i in range(0, len(plain), 4096)]
-    return np.asarray(np.concatenate(parts).reshape(len(plain), 64)[:, 1:])
+def _frequencies(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The 8 x 8 lowest frequencies (N, 8, 8)."""
+    parts = [
+        dctn(_standard(thumbnails[i : i + _CHUNK]), axes=(1, 2), norm="ortho")[:, :8, :8].copy()
+        for i in range(0, len(thumbnails), _CHUNK)
+    ]
+    return np.concatenate(parts)
 
 
-def _hashes(coefficients: NDArray[np.float32], middle: NDArray[np.float32]) -> Hashes:
-    bits = coefficients > middle
+def _hashes(frequencies: NDArray[np.float32], middle: NDArray[np.float32]) -> Hashes:
+    bits = (frequencies > middle).reshape(len(frequencies), -1)[:, 1:]  # the first is the mean
     weights = np.left_shift(np.uint64(1), np.arange(bits.shape[1], dtype=np.uint64))
     return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
 
 
-def _turn(plain: NDArray[np.float32], turn: int) -> NDArray[np.float32]:
-    """One of the eight ways to lay a square: bit 0 mirrors columns, bit 1 rows, bit 2 swaps the two."""
+def _turn(plain: NDArray[Number], turn: int) -> NDArray[Number]:
+    """One of the eight ways to lay a square: bit 0 mirrors columns, bit 1 rows, bit 2 swaps the two before."""
     if turn & 4:
         plain = plain.transpose(0, 2, 1)
     return plain[:, :: -1 if turn & 2 else 1, :: -1 if turn & 1 else 1]
 
 
-def _details(plain: NDArray[np.float32]) -> NDArray[np.float32]:
-    fine = np.stack([image - cv2.GaussianBlur(np.ascontiguousarray(image), (0, 0), 2) for image in plain])
-    fine = fine.reshape(len(plain), -1)
-    fine -= fine.mean(axis=1, keepdims=True)
-    norm = np.linalg.norm(fine, axis=1, keepdims=True)
-    return np.asarray(np.divide(fine, norm, out=np.zeros_like(fine), where=norm > _FLAT))
+def _turn_frequencies(frequencies: NDArray[np.float32], turn: int) -> NDArray[np.float32]:
+    """The frequencies of the turned images: mirroring changes the sign of the odd ones."""
+    signs = np.where(np.arange(8) % 2, -1, 1).astype(np.float32)
+    if turn & 4:
+        frequencies = frequencies.transpose(0, 2, 1)
+    if turn & 2:
+        frequencies = frequencies * signs[:, None]
+    return frequencies * signs if turn & 1 else frequencies
+
+
+def _details(thumbnails: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """(N, 1024) in half precision, which is what keeps large sets in memory."""
+    result = np.zeros((len(thumbnails), SIDE * SIDE), np.float16)
+    for start in range(0, len(thumbnails), _CHUNK):
+        plain = _standard(thumbnails[start : start + _CHUNK])
+        fine = np.stack([image - cv2.GaussianBlur(image, (0, 0), 2) for image in plain]).reshape(len(plain), -1)
+        fine -= fine.mean(axis=1, keepdims=True)
+        norm = np.linalg.norm(fine, axis=1, keepdims=True)
+        result[start : start + _CHUNK] = np.divide(fine, norm, out=np.zeros_like(fine), where=norm > _FLAT)
+    return result
+
+
+def _products(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray((first.astype(np.float32) * second.astype(np.float32)).sum(axis=(1, 2)))
 
 
 def gather(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
