@@ -107,8 +107,8 @@ def test_means_that_differ_from_those_of_one_run_alone_are_explained(tmp_path):
     one = scored(tmp_path / "one", rows_of([0.5, 0.7, NAN]))
     two = scored(tmp_path / "two", rows_of([0.5, 0.7, 0.0]))
     (note,) = (note for note in result_of(one, two).notes if "undefined" in note)
-    assert "1 values of dice" in note
-    assert "0.6000 for the baseline, 0.4000 for the run" in note
+    assert "one value of dice" in note
+    assert "0.6000 for the baseline and 0.4000 for the run" in note
     assert not any("undefined" in note for note in result_of(one, one).notes)
 
 
@@ -404,6 +404,16 @@ def test_the_page(masks, tmp_path):
     ]
     with Image.open(tmp_path / "out" / "plot.png") as picture:
         assert picture.width > 1200
+
+
+def test_synthetic_images_are_named_so(masks, tmp_path):
+    one, two = masks
+    for folder, expected in ((two, False), (one, True)):
+        content = json.loads((folder / "summary.json").read_text())
+        content["data"] = {"description": "phantom (embedded, synthetic)" if expected else "Kvasir-SEG"}
+        (folder / "summary.json").write_text(json.dumps(content))
+        assert compare_runs([one, two], output=tmp_path / "out") == 0
+        assert ("Synthetic images." in Page(tmp_path / "out" / "report.html").words) == expected
 
 
 def test_the_two_sides_show_the_two_predictions(masks):

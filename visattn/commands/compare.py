@@ -15,9 +15,11 @@ def add(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="RUN",
-        help="run folder, its test/, or output of evaluate; first: baseline",
+        help="run folder, its test/ or validate/, or output of evaluate; the first is the baseline",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for table, plot and report")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder for tables, plot and report (default: print only)"
+    )
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.set_defaults(call=_call)
 

@@ -40,6 +40,7 @@ def write_page(result: Result, output: Path) -> Path | None:
         several=any(entry.family > 1 for found in result.differences for entry in found),
         plot=picture_uri(plot, photograph=False) if plot else None,
         pairs=[[draw_pair(result, change) for change in changes] for changes in result.changes],
+        phantom=any("phantom" in run.data.lower() for run in (result.baseline, *result.runs)),
         family=FAMILY,
         resamples=RESAMPLES,
     )

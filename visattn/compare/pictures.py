@@ -123,6 +123,8 @@ def _draw_scatter(axes: Any, result: Result, index: int) -> None:
 
 
 def _draw_gains(axes: Any, result: Result, index: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     gain = gains(result.baseline.table, result.runs[index].table, result.measure)
     gain = np.sort(gain[~np.isnan(gain)])[::-1]
     places = np.arange(1, len(gain) + 1)
@@ -135,6 +137,7 @@ def _draw_gains(axes: Any, result: Result, index: int) -> None:
         axes.axhspan(low, high, color=_GREY, alpha=0.3, linewidth=0, label=f"95 % of the mean: {interval(entry)}")
         axes.axhline(sign * entry.difference, color="black", linestyle="--", linewidth=1.3,
                      label=f"mean difference: {number(entry.difference, entry.metric, True)}")  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("cases, sorted")
     axes.set_ylabel(f"gain in {METRICS[result.measure].title}, run over baseline")
     axes.set_title("Difference by case", fontsize=11, loc="left", fontweight="bold")

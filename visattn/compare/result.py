@@ -162,10 +162,11 @@ def _notes(result: Result) -> list[str]:
         if filled:
             metric = "dice" if "dice" in filled else next(iter(filled))
             alone = [mean_of_means(one.table.values[metric]) for one in (result.baseline, run)]
+            values = "one value" if filled[metric] == 1 else f"{filled[metric]} values"
             notes.append(
-                f"{run.name}: {filled[metric]} values of {metric} are undefined for one of the two alone, which was "
-                f"right to find nothing there. They count as {METRICS[metric].best:g}, so the means differ from those "
-                f"that each reports alone: {alone[0]:.4f} for the baseline, {alone[1]:.4f} for the run."
+                f"{run.name}: {values} of {metric} undefined for one of the two alone, which was right to find nothing "
+                f"there: counted as {METRICS[metric].best:g}, so the means differ from those that each reports alone, "
+                f"{alone[0]:.4f} for the baseline and {alone[1]:.4f} for the run."
             )
         lost = set(run.table.values) ^ set(result.baseline.table.values)
         if lost:

@@ -46,6 +46,12 @@ class Run:
         name = self.scored.summary.get("recipe")
         return name if isinstance(name, str) else None
 
+    @property
+    def data(self) -> str:
+        """The data set in words; empty where the summary does not say."""
+        about = self.scored.summary.get("data")
+        return str(about.get("description", "")) if isinstance(about, dict) else ""
+
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read scored folders that are to be compared, the baseline first.
