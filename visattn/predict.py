@@ -116,6 +116,8 @@ def predict_folder(
         check_space(todo, output, labels.channels)
         predictor = Predictor(members, device) if todo else None
         failed = 0
+        if len(members) > 1:
+            print(f"mean of {len(members)} folds: {shown(checkpoint)}", file=sys.stderr)
         try:
             record.start(todo)
             if predictor is not None:

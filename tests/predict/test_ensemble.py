@@ -74,7 +74,9 @@ def test_the_command_writes_what_the_ensemble_predicts_and_its_record_covers_eve
     assert [entry["sha256"] for entry in manifest(tmp_path / "out")["checkpoint"]["folds"]] == hashes
     before = tree(tmp_path / "out")
     assert main([*arguments, "--device", "cpu"]) == 0
-    assert "3 unchanged and kept" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "mean of 3 folds" in told
+    assert "3 unchanged and kept" in told
     write_checkpoint(run / "fold-2" / "checkpoints" / "best.ckpt", shift=-9.0)  # the last fold was trained again
     assert main([*arguments, "--device", "cpu"]) == 0
     assert "3 predicted" in capsys.readouterr().err
