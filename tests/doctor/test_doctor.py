@@ -166,6 +166,25 @@ def test_a_table_of_groups_that_cannot_be_written(clean, defects, capsys):
     assert "--groups" in capsys.readouterr().err
 
 
+def test_a_folder_called_phantom_is_a_folder(clean, defects, monkeypatch, capsys):
+    (clean / defects.MASK).unlink()
+    clean.rename(clean.parent / "phantom")
+    monkeypatch.chdir(clean.parent)
+    assert main(["doctor", "phantom"]) == 1
+    out = capsys.readouterr().out
+    assert f"- {defects.IMAGE}\n" in out
+    assert "phantom: 15 cases, 1 error, 0 warnings" in out
+
+
+def test_a_folder_without_permission(clean, monkeypatch, capsys):
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert main(["doctor", str(clean)]) == 2
+    assert "permission denied" in capsys.readouterr().err
+
+
 def test_images_of_one_name_share_a_group(tmp_path, capsys):
     for part, seed in (("a", 1), ("b", 2)):
         write_phantom(tmp_path / "set" / part, 3, seed=seed, size=(64, 80))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from visattn.data.cases import Case, ImageFolder, has_layout, scan_roots
+from visattn.data.cases import Case, ImageFolder, has_layout, scan_folder, scan_roots
 from visattn.doctor import recipe as recipes
 from visattn.doctor.copies import check_copies
 from visattn.doctor.files import check_files
@@ -48,7 +48,10 @@ def run_doctor(
     """
     if (folder is None) == (not configs):
         raise UserError("doctor: give a folder, or a recipe with --config; not both\nSee: visattn doctor --help")
-    report = examine_folder(folder) if folder is not None else examine_recipe(configs or (), rest)
+    try:
+        report = examine_folder(folder) if folder is not None else examine_recipe(configs or (), rest)
+    except PermissionError as error:  # of a folder; files that may not be read are findings
+        raise UserError(f"{error.filename}: cannot be listed (permission denied)") from None
     show(report, as_json)
     if groups is not None:
         number = write_groups(groups, report.images, report.ties)
@@ -65,19 +68,19 @@ def examine_folder(folder: Path | str) -> Report:
     root = Path(folder).expanduser()
     _refuse_volumes(root)
     found = find_parts(root)
-    findings = Findings(root)
+    findings = Findings(root.absolute())
     cases: list[Case] = []
     parts: dict[str, str] = {}
     for names in (("train", "val"), ("test",)):
         inside = [(part, one) for part in names for one in found.get(part, ())]
-        listed = scan_roots([str(one.path) for _, one in inside])[0] if inside else []
-        homes = {str(one.path): part for part, one in inside}
+        homes = {str(one.path.absolute()): part for part, one in inside}  # absolute: a folder may be called phantom
+        listed = scan_roots(list(homes))[0] if inside else []
         for case in listed:
             case = replace(case, name=f"test/{case.name}") if names == ("test",) else case
             cases.append(case)
             if len(found) > 1:
                 parts[case.name] = homes[case.root]
-    folders = [one for group in found.values() for one in group]
+    folders = [scan_folder(one.path.absolute()) for group in found.values() for one in group]
     seen = _look(cases, folders, findings, None, None)
     check_mixed(seen, findings)
     labels = _guess(seen, root.resolve().name)
@@ -89,7 +92,7 @@ def examine_folder(folder: Path | str) -> Report:
     ties = check_copies(seen, parts, {}, findings)
     recipes.check_names(cases, parts, findings)
     shown = None if labels is None else labels.to_config()["labels"]
-    return Report([str(folder)], cases, shown, True, findings.sorted(), ties)
+    return Report([printable(str(folder))], cases, shown, True, findings.sorted(), ties)
 
 
 def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
@@ -119,7 +122,7 @@ def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
     recipes.check_sizes(section, seen, findings)
     ties = check_copies(seen, parts, {case.name: case.group for case in together}, findings)
     return Report(
-        section.roots + section.test_roots,
+        [printable(root) for root in section.roots + section.test_roots],
         [*cases, *tests],
         section.labels.to_config()["labels"],
         False,
