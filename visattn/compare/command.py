@@ -28,9 +28,10 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None, as_json: b
     Raises:
         UserError: The runs cannot be compared, or `output` cannot be written.
     """
+    runs = read_runs(folders)
     if output is not None:
-        _check_output(output)
-    result = compare(read_runs(folders))
+        _make(output)  # before the work, as it may fail; after what is refused, so that no empty folder is left
+    result = compare(runs)
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:
@@ -41,7 +42,7 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None, as_json: b
     return 0
 
 
-def _check_output(output: Path) -> None:
+def _make(output: Path) -> None:
     if (output / CASES).exists() or (output / SUMMARY).exists() or (output / "config.yaml").exists():
         raise UserError(f"--output {output}: holds a run or its scores, whose report would be replaced. Name another.")
     try:

@@ -153,7 +153,7 @@ def _notes(result: Result) -> list[str]:
         notes.append("All cases belong to one group, so there is neither an interval nor a p value.")
     elif groups < _FEW:
         notes.append(
-            f"Only {groups} groups: intervals are too short, and no p value can be below {smallest_p(groups):.2g}."
+            f"Only {groups} groups: intervals are too short, and no p value can be below {smallest_p(groups):.3g}."
         )
     if groups == len(result.baseline.table.cases):
         notes.append("Every case is its own group. If cases share a patient or video, score them with group_by.")

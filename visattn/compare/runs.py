@@ -230,4 +230,4 @@ def _case(key: Case) -> str:
 
 def _listed(names: Sequence[Any]) -> str:
     shown = ", ".join(printable(str(name), 40) for name in names[:_NAMED])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > _NAMED else "")
+    return shown + (", ..." if len(names) > _NAMED else "")
