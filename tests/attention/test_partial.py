@@ -259,3 +259,13 @@ def test_attention_map_is_the_weight_of_each_value():
     values = block.attn.heads(block.norm(x[..., 4:]))[2]  # (B, h, N, d)
     out = torch.einsum("bhn,bhnd->bhd", weights.flatten(2), values).flatten(1)
     torch.testing.assert_close(out, block(x)[:, 1, 4, 4:], rtol=1e-10, atol=1e-12)
+
+
+def test_what_inference_keeps_can_be_trained_with():
+    """The entries of the bias are kept from call to call; an inference tensor could not be saved for a gradient."""
+    block = PartialSelfAttention(16, 2).train()
+    x = torch.randn(2, 5, 9, 16)
+    with torch.inference_mode():
+        block(x)
+    block(x).sum().backward()
+    assert block.attn.rpe_k.lookup_table_bias.grad.any()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visattn.attention._windows import certain
 
-FEW = 256  # positions of a map
+FEW = 256  # positions of a map up to which channels-first memory is quicker
 
 
 def depthwise(conv: nn.Module, x: Tensor) -> Tensor:

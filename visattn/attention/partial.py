@@ -18,6 +18,7 @@ Deviations:
 Legend: B batch, *S spatial axes with N positions, C channels, c attended channels, h heads, d channels of a head.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -27,10 +28,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.attention import _checks as check
+from visattn.attention._depthwise import FEW
 from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, track, uses_batch
 from visattn.attention._partial_spatial import SpatialStep
 from visattn.attention._precision import exact_logits, without_autocast
-from visattn.attention._windows import flat_index
+from visattn.attention._windows import certain, flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM: dict[int, type[nn.BatchNorm2d] | type[nn.BatchNorm3d]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -57,7 +59,10 @@ def init_weights(module: nn.Module) -> None:
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """`conv` of `x` (B, *S, C), channels last."""
-    out: Tensor = conv(x.movedim(-1, 1))
+    maps = x.movedim(-1, 1)
+    if x.dim() == 4 and x.device.type == "cpu" and certain(math.prod(x.shape[1:-1]) <= FEW):
+        maps = maps.contiguous()  # on few positions the copy pays
+    out: Tensor = conv(maps)
     return out.movedim(1, -1)
 
 
@@ -240,11 +245,8 @@ class EuclideanBias(nn.Module):
         """The bias (h, N, N) of all pairs of positions of a map of `size`."""
         device = self.lookup_table_bias.device
         rank = len(size)
-        squares = torch.zeros((1,) * rank, device=device)
-        for axis, each in enumerate(size):
-            offsets = torch.arange(2 * each - 1, device=device, dtype=torch.float32) - (each - 1)
-            squares = squares + offsets.square().reshape(*(1,) * axis, -1, *(1,) * (rank - 1 - axis))
-        bias = self.lookup_table_bias[:, BETA + bucket(squares.sqrt())]  # (h, 2 s_1 - 1, ...), by offset
+        entries = _entries(size, device) if torch.compiler.is_compiling() else _kept_entries(size, device)
+        bias = self.lookup_table_bias[:, entries]  # (h, 2 s_1 - 1, ...), by offset
         for axis, each in enumerate(size, 1):
             line = torch.arange(each, device=device)
             pairs = line - line[:, None] + (each - 1)  # (query, key): where their offset stands
@@ -252,6 +254,23 @@ class EuclideanBias(nn.Module):
         bias = bias.reshape(-1, *(side for each in size for side in (each, each)))  # (h, s_1, s_1, s_2, s_2, ...)
         bias = bias.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
         return bias.reshape(-1, math.prod(size), math.prod(size))
+
+
+def _entries(size: tuple[int, ...], device: torch.device) -> Tensor:
+    """The entry of the table for each offset between two positions of a map of `size`, (2 s_1 - 1, ...)."""
+    rank = len(size)
+    squares = torch.zeros((1,) * rank, device=device)
+    for axis, each in enumerate(size):
+        offsets = torch.arange(2 * each - 1, device=device, dtype=torch.float32) - (each - 1)
+        squares = squares + offsets.square().reshape(*(1,) * axis, -1, *(1,) * (rank - 1 - axis))
+    return BETA + bucket(squares.sqrt())
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_entries(size: tuple[int, ...], device: torch.device) -> Tensor:
+    """As `_entries`, small and the same at every call: computing them takes longer than the bias itself."""
+    with torch.inference_mode(False):  # so that a gradient may use them as well
+        return _entries(size, device)
 
 
 def bucket(distance: Tensor) -> Tensor:
