@@ -174,7 +174,7 @@ def _outside(content: MaskPrint, labels: Labels, findings: Findings, one: Seen) 
         except UserError:
             wrong.append((value, int(content.counts[index])))
     listed = _listed(np.array([value for value, _ in wrong]))
-    findings.file("values-outside-labels", one.mask.path, f"{listed}: {sum(count for _, count in wrong)} pixels")
+    findings.file("values-outside-labels", one.mask.path, f"{sum(n for _, n in wrong)} pixels of values {listed}")
 
 
 def _classes(content: MaskPrint, indices: NDArray[np.uint8], number: int) -> Classes:
