@@ -33,7 +33,7 @@ SMALL_GPU = Machine(4, 16 * 2**30, "cuda", "T4", 4 * 2**30, 1, "16-mixed")
 
 def draw(folder, stem, values=(0, 255), shape=(48, 64), deep=False, colour=True, layout=("images", "masks")):
     """One image of bright rectangles on noise, a rectangle for each class, and its mask."""
-    rng = np.random.default_rng(sum(stem.encode()))
+    rng = np.random.default_rng(list(f"{folder.name}/{stem}".encode()))
     mask = np.full(shape, values[0], np.uint8)
     image = rng.integers(0, 60, (*shape, 3) if colour else shape).astype(np.uint8)
     for number, value in enumerate(values[1:]):
@@ -357,6 +357,15 @@ def test_more_memory_buys_more(here):
         assert budget.batch * budget.accumulate == 16
     assert pixels == sorted(pixels)
     assert pixels[0] < pixels[-1]
+
+
+def test_more_cores_buy_more():
+    network = choose_network(LABELS["two"], CPU)
+    budgets = [plan_budget(network, Machine(cores, 2**36), [(1000, 1000)], 300, 30) for cores in (1, 2, 4, 8)]
+    areas = [budget.size[0] * budget.size[1] for budget in budgets]
+    assert areas == sorted(areas)
+    assert areas[0] < areas[-1]
+    assert len({budget.epochs for budget in budgets}) == 1  # time is saved on the size before it is on the epochs
 
 
 def test_a_gpu_in_the_recipe(here):
