@@ -330,7 +330,7 @@ def test_a_failing_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match=r"(?s)last.ckpt.*No space.*one before is whole"):
+    with pytest.raises(UserError, match=r"(?s)last.ckpt.*No space.*it is whole"):
         plugin.save_checkpoint({"epoch": 2}, path)
     assert path.read_bytes() == again
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]

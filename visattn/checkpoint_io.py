@@ -37,11 +37,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_write(path) as temporary, temporary.open("wb") as handle:
                 torch.save(checkpoint, handle)
         except (OSError, RuntimeError) as error:  # torch hides a full disk in a RuntimeError
-            reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+            causes = (error, error.__cause__, error.__context__)
+            reason = next((cause.strerror for cause in causes if isinstance(cause, OSError)), "the disk may be full")
             free = shutil.disk_usage(Path(path).parent).free
             raise UserError(
                 f"{path}: the checkpoint cannot be written: {reason} ({free / 1e6:.0f} MB free).\n"
-                "The one before is whole. Free space, then continue with --ckpt_path last and --run."
+                "If there was one before, it is whole. Free space, then continue with --ckpt_path last and --run."
             ) from error
 
     @override

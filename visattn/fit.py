@@ -92,7 +92,7 @@ def _told(stop: Stopped) -> int:
     """Say what stopped the run and how to go on; the exit code."""
     if not is_first_process():
         return 0  # any other makes Lightning kill the first process, which may still have something to say
-    notes = getattr(stop, "__notes__", ["nothing was begun; the same command starts again"])
+    notes = getattr(stop, "__notes__", ["the same command starts again"])
     print(f"visattn: stopped by {stop}: {notes[0]}", file=sys.stderr)
     return stop.exit_code
 
