@@ -1,7 +1,8 @@
 """How large, how many at once and how long: what a network costs, and what a machine can pay.
 
 Memory and time were measured for the networks that `choose_network` picks: bytes kept for the backward pass by hooks on
-the saved tensors, processor time of training steps with one thread.
+the saved tensors (an H200 took 2 % more than that in float32, and 60 % of it in bfloat16), processor time of training
+steps with one thread, and steps on an H200.
 """
 
 import math
@@ -25,8 +26,7 @@ _STATE = 16  # bytes a parameter: weight, gradient and the two moments of Adam
 _EXTRA_CORE = 0.75  # what each core after the first adds
 _MOST_CORES = 8
 _VALIDATION = (0.02, 0.35)  # seconds an image for the metrics, and the share of a training step that a prediction costs
-_GPU_PASSES = 67.0  # images a second at 352 x 352 on an H200 that five runs shared
-_GPU_PIXELS = 352 * 352
+_GPU_SECONDS = (0.1, 0.07)  # a step on an H200 that other runs share: fixed, and for each megapixel of the batch
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def plan_budget(
     accumulate = wanted // batch
     passes = min(max(150 * training, 1500 * wanted), 200_000)
     epochs = min(max(_whole(passes / training), 5), 300)
-    rate = _GPU_PASSES * _GPU_PIXELS / (size[0] * size[1])
-    seconds = epochs * (training / rate + validation * (_VALIDATION[1] / rate + _VALIDATION[0]))
+    image_seconds = _GPU_SECONDS[0] / batch + _GPU_SECONDS[1] * size[0] * size[1] / 1e6
+    seconds = epochs * (training * image_seconds + validation * (_VALIDATION[1] * image_seconds + _VALIDATION[0]))
     why = {
         "size": _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
         "batch": f"what fits into {machine.gpu_memory_text}" if batch < wanted else _batch_reason(batch, training),
