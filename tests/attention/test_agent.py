@@ -235,3 +235,13 @@ def test_attention_map_is_the_weight_of_each_value(variant, size):
 def test_attention_map_of_reduced_keys_is_refused():
     with pytest.raises(ValueError, match="needs sr_ratio=1"):
         AgentAttention(8, variant="pvt", sr_ratio=2).attention_map(torch.zeros(1, 4, 4, 8), (0, 0))
+
+
+@pytest.mark.slow  # tracing takes seconds
+def test_reduced_keys_export_for_a_range_of_sizes():
+    block = AgentAttention(16, 2, variant="pvt", sr_ratio=2, agent_num=4, window_size=8).eval()
+    axes = {1: torch.export.Dim("height", min=9, max=24), 2: torch.export.Dim("width", min=9, max=24)}
+    exported = torch.export.export(block, (torch.randn(2, 12, 10, 16),), dynamic_shapes=(axes,), strict=False)
+    for size in ((9, 9), (24, 11)):
+        x = torch.randn(2, *size, 16)
+        torch.testing.assert_close(exported.module()(x), block(x))

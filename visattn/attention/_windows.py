@@ -45,6 +45,11 @@ def known_zero(*amounts: int) -> bool:
     return all(certain(amount == 0) for amount in amounts)
 
 
+def short_of(size: int, least: int) -> int:
+    """How much `size` lacks of `least`; nothing for sure where a symbolic size is known to be large enough."""
+    return 0 if certain(size >= least) else max(least - size, 0)
+
+
 def room(count: int) -> int:
     """`count`, or one more under torch.export where it is symbolic and might be one.
 

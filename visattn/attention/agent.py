@@ -39,7 +39,7 @@ from visattn.attention._agent_strips import AgentStrips
 from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool, resize_linear
-from visattn.attention._windows import flat_index
+from visattn.attention._windows import flat_index, short_of
 
 Variant = Literal["swin", "deit", "pvt", "cswin"]
 VARIANTS = ("swin", "deit", "pvt", "cswin")
@@ -246,7 +246,7 @@ class AgentAttention(nn.Module):
             source = x
             if self.sr_ratio > 1:
                 maps = x.movedim(-1, 1)
-                short = [max(self.sr_ratio - size, 0) for size in x.shape[1:-1]]
+                short = [short_of(size, self.sr_ratio) for size in x.shape[1:-1]]
                 maps = F.pad(maps, [each for amount in reversed(short) for each in (0, amount)])
                 source = self.norm(self.sr(maps).movedim(1, -1))
             k, v = self.kv(source).chunk(2, dim=-1)

@@ -26,7 +26,7 @@ from visattn.attention import _checks as check
 from visattn.attention._backend import scaled_dot_product
 from visattn.attention._norm import batch_norm
 from visattn.attention._precision import exact_logits
-from visattn.attention._windows import flat_index
+from visattn.attention._windows import flat_index, short_of
 
 Variant = Literal["vit", "pvt", "e_mhsa"]
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -156,7 +156,7 @@ class FullAttention(nn.Module):
     def _reduce(self, x: Tensor) -> Tensor:
         """(B, *S, C) -> (B, M, C)."""
         if self.variant == "pvt":
-            short = [max(self.sr_ratio - size, 0) for size in x.shape[1:-1]]
+            short = [short_of(size, self.sr_ratio) for size in x.shape[1:-1]]
             maps = F.pad(x.movedim(-1, 1), [each for gap in reversed(short) for each in (0, gap)])
             normed: Tensor = self.norm(self.sr(maps).flatten(2).mT)
             return normed
