@@ -4,6 +4,9 @@ Format: https://nifti.nimh.nih.gov/nifti-1 (nifti1.h, nifti2.h).
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,31 @@ _KEPT = (
 
 class NiftiWarning(UserWarning):
     """A file can be read, but its header contradicts itself."""
+
+
+_collected: ContextVar[list[str] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_warnings() -> Iterator[list[str]]:
+    """Collect the texts of NiftiWarnings in place of warning.
+
+    Files are read by several threads at once, where `warnings.catch_warnings` would catch those of the others.
+    """
+    texts: list[str] = []
+    token = _collected.set(texts)
+    try:
+        yield texts
+    finally:
+        _collected.reset(token)
+
+
+def _warn(text: str) -> None:
+    texts = _collected.get()
+    if texts is None:
+        warnings.warn(text, NiftiWarning, stacklevel=4)
+    else:
+        texts.append(text)
 
 
 @dataclass(frozen=True)
@@ -167,7 +195,7 @@ def _affine(path: Path, raw: Any, shape: tuple[int, int, int]) -> NDArray[np.flo
         except Exception:  # a quaternion longer than 1, or a handedness other than -1 and 1
             if not has_sform:
                 raise UserError(f"{path}: damaged header: its qform is no rotation, and there is no sform") from None
-            warnings.warn(f"{path}: its qform is no rotation; the sform is used", NiftiWarning, stacklevel=2)
+            _warn(f"{path}: its qform is no rotation; the sform is used")
     affine = sform if has_sform else qform
     assert affine is not None
     if not np.isfinite(affine).all():
@@ -180,11 +208,7 @@ def _affine(path: Path, raw: Any, shape: tuple[int, int, int]) -> NDArray[np.flo
     if has_sform and qform is not None and np.isfinite(qform).all():
         apart = corner_distance(sform, qform, shape)
         if apart > TOLERANCE_MM:
-            warnings.warn(
-                f"{path}: its sform and qform lie up to {apart:.3g} mm apart; the sform is used",
-                NiftiWarning,
-                stacklevel=2,
-            )
+            _warn(f"{path}: its sform and qform lie up to {apart:.3g} mm apart; the sform is used")
     return affine
 
 

@@ -26,7 +26,15 @@ from typing import IO, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.data._nifti_header import LENGTHS, Header, NiftiWarning, new_header, parse_header, version_of
+from visattn.data._nifti_header import (
+    LENGTHS,
+    Header,
+    NiftiWarning,
+    collect_warnings,
+    new_header,
+    parse_header,
+    version_of,
+)
 from visattn.data.geometry import Geometry
 from visattn.errors import UserError
 from visattn.files import atomic_write
@@ -37,6 +45,7 @@ __all__ = [
     "Header",
     "NiftiWarning",
     "StreamWriter",
+    "collect_warnings",
     "is_nifti",
     "read",
     "read_header",

@@ -1,0 +1,25 @@
+"""Cases of volumes: found for training and for prediction, and read with all their channels on one grid."""
+
+from visattn.data.volume_case import (
+    PHANTOM,
+    Problem,
+    VolumeCase,
+    image_geometry,
+    read_case,
+    read_case_label,
+)
+from visattn.data.volume_layouts import Layout, find_training_cases, scan_volumes
+from visattn.data.volume_pairs import VolumeScan
+
+__all__ = [
+    "PHANTOM",
+    "Layout",
+    "Problem",
+    "VolumeCase",
+    "VolumeScan",
+    "find_training_cases",
+    "image_geometry",
+    "read_case",
+    "read_case_label",
+    "scan_volumes",
+]
