@@ -8,7 +8,6 @@ outside are black in the image and background in the mask, as the black frame of
 This is the only file that names albumentations (2.0.8, the last release under the MIT licence).
 """
 
-import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.errors import UserError, unknown
+from visattn.data._augment_list import check, check_pair, read_entries, swap_table
 from visattn.labels import Labels
 
 Image = NDArray[np.uint8]
@@ -80,9 +79,9 @@ class Affine:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("affine", "rotate", self.rotate, 0, 180)
-        _check("affine", "shift", self.shift, 0, 1)
-        _check_pair("affine", "scale", self.scale, 0.1, 10)
+        check("affine", "rotate", self.rotate, 0, 180)
+        check("affine", "shift", self.shift, 0, 1)
+        check_pair("affine", "scale", self.scale, 0.1, 10)
 
     def matrix(self, rng: np.random.Generator, size: tuple[int, int]) -> Matrix:
         """Map pixel (x, y, 1) of the input to the output."""
@@ -111,8 +110,8 @@ class Elastic:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("elastic", "strength", self.strength, 0, 0.2)
-        _check("elastic", "cells", self.cells, 1, 32, whole=True)
+        check("elastic", "strength", self.strength, 0, 0.2)
+        check("elastic", "cells", self.cells, 1, 32, whole=True)
 
     def displacement(self, rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.float32]:
         """Shifts in pixels along x and y, (H, W, 2)."""
@@ -140,8 +139,8 @@ class Colour:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
-            _check("colour", name, getattr(self, name), 0, 1)
-        _check("colour", "hue", self.hue, 0, 0.5)
+            check("colour", name, getattr(self, name), 0, 1)
+        check("colour", "hue", self.hue, 0, 0.5)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """Return the changed image (H, W, C)."""
@@ -173,7 +172,7 @@ class Blur:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_pair("blur", "sigma", self.sigma, 0, 20)
+        check_pair("blur", "sigma", self.sigma, 0, 20)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """Return the changed image (H, W, C)."""
@@ -193,7 +192,7 @@ class Noise:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_pair("noise", "std", self.std, 0, 1)
+        check_pair("noise", "std", self.std, 0, 1)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """Return the changed image (H, W, C)."""
@@ -215,8 +214,8 @@ class Cutout:
     p: float = 0.5
 
     def __post_init__(self) -> None:
-        _check("cutout", "holes", self.holes, 1, 100, whole=True)
-        _check_pair("cutout", "size", self.size, 0.01, 1)
+        check("cutout", "holes", self.holes, 1, 100, whole=True)
+        check_pair("cutout", "size", self.size, 0.01, 1)
 
     def __call__(self, image: Image, rng: np.random.Generator) -> Image:
         """Return the changed image (H, W, C)."""
@@ -291,21 +290,7 @@ def build_augmenter(config: Sequence[str | Mapping[str, Any]] | None, labels: La
     Raises:
         UserError: An entry has an unknown name or key, or a value out of its range.
     """
-    entries: list[Augmentation] = []
-    for item in config or ():
-        values = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, Mapping) else {}
-        name = values.pop("name", None)
-        if not isinstance(name, str):
-            raise UserError(f"augment: an entry needs a name, as in {{name: affine, rotate: 90}}; got {item!r:.100}")
-        if name not in AUGMENT:
-            raise unknown("augmentation", name, AUGMENT)
-        kind = AUGMENT[name]
-        for key in values:
-            if key not in inspect.signature(kind).parameters:
-                raise unknown(f"key of augment '{name}'", str(key), inspect.signature(kind).parameters)
-        _check(name, "p", values.get("p", 0.5), 0, 1)
-        entries.append(kind(**values))
-    return Augmenter(entries, labels)
+    return Augmenter(read_entries(config, AUGMENT, "augmentation"), labels)
 
 
 def _warp(
@@ -335,21 +320,7 @@ def _is_flip(matrix: Matrix, height: int, width: int) -> bool:
 
 
 def _swap_table(entry: Augmentation, labels: Labels) -> NDArray[np.uint8] | None:
-    if not isinstance(entry, FlipHorizontal | FlipVertical) or not entry.swap_labels:
-        return None
-    table = np.arange(256, dtype=np.uint8)
-    pairs = entry.swap_labels
-    if not isinstance(pairs, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs
-    ):
-        raise UserError(f"augment: swap_labels needs pairs, as in [[left_lung, right_lung]]; got {pairs!r:.80}")
-    for pair in pairs:
-        for name in pair:
-            if name not in labels.names:
-                raise unknown("label in swap_labels", str(name), labels.names)
-        first, second = (labels.names.index(name) for name in pair)
-        table[[first, second]] = table[[second, first]]
-    return table
+    return swap_table(entry.swap_labels, labels) if isinstance(entry, FlipHorizontal | FlipVertical) else None
 
 
 def _hue(turn: float) -> Matrix:
@@ -373,19 +344,3 @@ def _transform(name: str, **arguments: Any) -> Any:
     import albumentations
 
     return getattr(albumentations, name)(p=1.0, **arguments)
-
-
-def _check(name: str, key: str, value: Any, low: float, high: float, whole: bool = False) -> None:
-    kinds = int if whole else int | float
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "whole number" if whole else "number"
-        raise UserError(f"augment: {name}.{key} must be a {kind} of {low}..{high}, got {value!r:.60}")
-
-
-def _check_pair(name: str, key: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise UserError(f"augment: {name}.{key} must be two numbers, smallest and largest, got {value!r:.60}")
-    for number in value:
-        _check(name, key, number, low, high)
-    if value[0] > value[1]:
-        raise UserError(f"augment: {name}.{key} runs from {value[0]} down to {value[1]}; put the smaller number first")
