@@ -30,6 +30,7 @@ LEVELS: list[set[str]] = [
         "runs",
         "space",
     },
+    {"overlay3d"},
     {"backbones", "curves", "heads", "inference3d", "predict_plan", "recipe", "scored", "survey", "viz"},
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},

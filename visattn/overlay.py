@@ -45,6 +45,7 @@ def draw_overlay(
     labels: Labels,
     truth: NDArray[np.uint8] | None = None,
     note: str = "",
+    across: int = 1,
 ) -> NDArray[np.uint8]:
     """Draw the outlines of the prediction, and of the truth where there is one, over an image.
 
@@ -54,6 +55,7 @@ def draw_overlay(
         labels: What the indices mean; one outline is drawn for each foreground class or region.
         truth: Class indices (H, W). Ignored pixels are darkened.
         note: A few words for the right end of the legend, as a score.
+        across: How many pictures stand side by side in the image; lines and letters are as wide as one of them asks.
 
     Returns:
         (H + legend, W, 3), both sides times a whole factor where the image is narrower than 320 pixels.
@@ -61,7 +63,7 @@ def draw_overlay(
     factor = -(-_MIN_WIDTH // image.shape[1])
     canvas = _enlarged(np.broadcast_to(image, (*image.shape[:2], 3)), factor).copy()
     # An outline as wide as 1/300 of the image is some two pixels wide in a report.
-    thickness = max(2, round(max(canvas.shape[:2]) / 300))
+    thickness = max(2, round(max(canvas.shape[:2]) / 300 / across))
     legend: list[tuple[Colour, bool, str]] = []
 
     ignored = truth is not None and bool((truth == IGNORE).any())
@@ -82,7 +84,7 @@ def draw_overlay(
     else:
         legend = [(PREDICTION if dashed else TRUTH, dashed, role) for _, dashed, role in roles]
     words = f"{note}   dark: ignored" if ignored else note
-    return np.concatenate([canvas, _legend(canvas.shape[1], legend, words, thickness)])
+    return np.concatenate([canvas, _legend(canvas.shape[1], legend, words, thickness, across)])
 
 
 def foreground_masks(indices: NDArray[np.uint8], labels: Labels) -> NDArray[np.bool_]:
@@ -142,22 +144,24 @@ def _dashes(points: NDArray[Any], thickness: int) -> list[NDArray[Any]]:
     return [closed[drawn & (dash == number)] for number in range(count) if (drawn & (dash == number)).any()]
 
 
-def _legend(width: int, items: Sequence[tuple[Colour, bool, str]], note: str, thickness: int) -> NDArray[np.uint8]:
+def _legend(
+    width: int, items: Sequence[tuple[Colour, bool, str]], note: str, thickness: int, across: int = 1
+) -> NDArray[np.uint8]:
     """A strip of `width` with a line sample and a name for each item, in as many rows as they need."""
-    size = int(min(max(width / 34, 12), 44))
-    font = _font(size)
+    size = int(min(max(width / 34 / across, 12), 44))
+    face = font(size)
     pad, sample = size // 2, 3 * size
     row = size + pad
     entries = [(colour, dashed, _printable(name)) for colour, dashed, name in items]
     x, y, placed = pad, pad, []
     for colour, dashed, name in entries:
-        need = sample + pad + int(font.getlength(name)) + 2 * pad
+        need = sample + pad + int(face.getlength(name)) + 2 * pad
         if x > pad and x + need > width:
             x, y = pad, y + row
         placed.append((x, y, colour, dashed, name))
         x += need
     note = _printable(note)
-    note_width = int(font.getlength(note))
+    note_width = int(face.getlength(note))
     if note and x + note_width + pad > width:
         y += row
     strip = Image.new("RGB", (width, y + row + pad // 2), _PAPER)
@@ -169,14 +173,15 @@ def _legend(width: int, items: Sequence[tuple[Colour, bool, str]], note: str, th
             [(stops[0], stops[1]), (stops[2], stops[3]), (stops[4], stops[5])] if dashed else [(stops[0], stops[5])]
         ):
             draw.line([(start, middle), (end, middle)], colour, thickness)
-        draw.text((left + sample + pad, middle), name, (240, 240, 240), font, anchor="lm")
+        draw.text((left + sample + pad, middle), name, (240, 240, 240), face, anchor="lm")
     if note:
-        draw.text((max(pad, width - pad - note_width), y + size // 2 + 1), note, (240, 240, 240), font, anchor="lm")
+        draw.text((max(pad, width - pad - note_width), y + size // 2 + 1), note, (240, 240, 240), face, anchor="lm")
     return np.asarray(strip)
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """A font of `size` pixels for Pillow."""
     # Pillow's own font knows ASCII alone. matplotlib, which we depend on, brings one with Latin, Greek and Cyrillic;
     # it is found without the cost of importing matplotlib.
     found = find_spec("matplotlib")
