@@ -1,6 +1,7 @@
 """The command line: parse, call one function. Nothing heavy is imported before a command needs it."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 
 from visattn import NOTICE, __version__
 from visattn.commands import COMMANDS
-from visattn.errors import UserError, nearest
+from visattn.errors import UserError, did_you_mean, nearest, readable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -37,9 +38,7 @@ def _build_parser() -> tuple[_Parser, dict[str, _Parser]]:
 def _check_command(arguments: Sequence[str], known: Sequence[str]) -> None:
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if arguments and arguments[0] == command and command not in known:
-        guess = nearest(command, known)
-        hint = f" Did you mean '{guess}'?" if guess else ""
-        raise UserError(f"unknown command '{command}'.{hint}\nCommands: {', '.join(known)}")
+        raise UserError(f"unknown command '{command}'.{did_you_mean(command, known)}\nCommands: {', '.join(known)}")
 
 
 def _check_rest(parser: argparse.ArgumentParser, command: str, rest: Sequence[str]) -> None:
@@ -66,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         call: Callable[[argparse.Namespace, Sequence[str]], int] = options.call
         return call(options, rest)
     except UserError as error:
-        print(f"visattn: error: {error}", file=sys.stderr)
+        print(readable(f"visattn: error: {error}"), file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("visattn: error: out of memory: the machine has too little for this input", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("visattn: interrupted", file=sys.stderr)
@@ -74,6 +76,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `visattn models | head`
         sys.stderr.close()
         return 0
+    except OSError as error:  # a folder that may not be listed, a file that went away meanwhile
+        if error.filename is None or error.strerror is None:
+            raise  # nothing to tell the user: a defect of ours
+        print(readable(f"visattn: error: {os.fsdecode(error.filename)}: {error.strerror}"), file=sys.stderr)
+        return 2
 
 
 def run() -> NoReturn:

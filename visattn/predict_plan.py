@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from visattn.data.images import SUFFIXES, image_size
 from visattn.errors import UserError, nearest
+from visattn.errors import shown as shown  # other commands take it from here
 from visattn.labels import Labels
 from visattn.overlay import safe_name
 
@@ -39,11 +40,6 @@ class Case:
     def name(self) -> str:
         """The mask's path without its ending."""
         return self.mask.removesuffix(".png")
-
-
-def shown(text: object) -> str:
-    """`text` on one line and harmless to a terminal: control and direction characters are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
 def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePosixPath]]:
@@ -80,15 +76,9 @@ def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePo
 
 
 def _walk(folder: Path, skipped: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    visited: set[str] = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        visited.add(os.path.realpath(root))  # a link to a folder above would lead in circles
-        inner = [f for f in sorted(folders) if not f.startswith(".")]
-        real = {name: os.path.realpath(os.path.join(root, name)) for name in inner}
-        folders[:] = [name for name in inner if real[name] not in visited and real[name] != str(skipped)]
-        for name in sorted(files):
-            path = Path(root, name)
-            if not name.startswith(".") and path.suffix.lower() in SUFFIXES and path.is_file():
+    for _, files in walk_files(folder, skipped):
+        for path in files:
+            if path.suffix.lower() in SUFFIXES and path.is_file():
                 yield path, PurePosixPath(path.relative_to(folder).as_posix())
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 
 from visattn.data import DATA
-from visattn.errors import UserError, nearest, unknown
+from visattn.errors import UserError, did_you_mean, unknown
 from visattn.folds_file import CONFIG, has_folds, read_folds
 
 TASKS = {"SegmentationTask": "visattn.task.SegmentationTask"}
@@ -32,8 +32,12 @@ CALLBACKS = {
 TOP_LEVEL = ("seed_everything", "model", "data", "trainer")
 SHORT = {"data.folds": "data.split.folds", "data.group_by": "data.split.group_by"}
 """Keys that may be written shorter on the command line."""
-MAX_BYTES = 1_000_000  # a recipe is a page of text; anything larger is a mistake or an attack
+MAX_BYTES = 100_000  # a recipe is a page of text; anything larger is a mistake or an attack, and slow to parse
 MAX_DEPTH = 20  # nesting; far beyond any recipe, far below Python's recursion limit
+MAX_DIGITS = 40  # characters of a number; YAML's own notations (hexadecimal, 59:59:59...) can unfold to any size
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 def _refuse(loader: Any, problem: str) -> NoReturn:
@@ -41,18 +45,23 @@ def _refuse(loader: Any, problem: str) -> NoReturn:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys, anchors and tags, and reads `5e-4` as a number as YAML 1.2 does."""
+    """SafeLoader that refuses duplicate keys, aliases and tags, and reads `5e-4` as a number as YAML 1.2 does."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             _refuse(self, "aliases (*name) are not supported: write the value out")
+        event = self.peek_event()
+        if getattr(event, "tag", None) is not None:  # even YAML's own make objects, or fail inside PyYAML
+            _refuse(self, f"tags ({event.tag}) are not supported: write the value alone")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             _refuse(self, "nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, "a number this long is not supported", node.start_mark)
         return node
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -82,7 +91,7 @@ def read_yaml(text: str, source: str) -> Any:
         raise UserError(f"{source}: {len(text)} characters are too many for a YAML value or recipe")
     try:
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -113,8 +122,7 @@ def find_recipe(name: str) -> Path:
         return packaged[path.stem]
     if path.is_dir():
         raise UserError(f"--config {name}: is a folder; name a YAML file in it")
-    guess = nearest(path.stem, packaged)
-    hint = f" Did you mean '{guess}'?" if guess else ""
+    hint = did_you_mean(path.stem, packaged)
     raise UserError(f"--config {name}: no such file and no such packaged recipe.{hint}\nSee: visattn recipes")
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from visattn import recipe as recipes
 from visattn.data import DATA
-from visattn.errors import UserError, nearest, unknown
+from visattn.errors import UserError, did_you_mean, unknown
 from visattn.task import SegmentationTask
 
 MONITORS = ("train/loss", "val/loss", "val/dice", "val/iou")
@@ -154,8 +154,7 @@ def _shorten(message: str) -> str:
     literals = ", ".join(re.findall(r"Literal\[([^\]]+)\]", message))
     choices = list(dict.fromkeys(item.strip(" '") for item in literals.split(",") if item))
     if choices and given:
-        guess = nearest(given[0], choices)
-        hint = f" Did you mean '{guess}'?" if guess else ""
+        hint = did_you_mean(given[0], choices)
         return f"{where}: '{given[0]}' is not a valid value.{hint}\nValid: {', '.join(choices)}"
     names = [kind for kind in dict.fromkeys(kinds) if kind != "NoneType" and not kind.startswith("typing")]
     if names and given:

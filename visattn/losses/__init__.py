@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.errors import UserError, nearest, unknown
+from visattn.errors import UserError, did_you_mean, unknown
 from visattn.labels import Labels
 from visattn.losses.criteria import (
     Classes,
@@ -126,8 +126,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
         if key in ("name", *COMMON):
             continue
         if key not in valid:
-            guess = nearest(key, [*valid, *COMMON])
-            hint = f" Did you mean '{guess}'?" if guess else ""
+            hint = did_you_mean(key, [*valid, *COMMON])
             raise UserError(f"loss '{name}' has no option '{key}'.{hint}\nIt takes: {', '.join([*valid, *COMMON])}")
         if isinstance(valid[key], bool) != isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"loss '{name}': {key} must be like {valid[key]!r}, got {value!r}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from visattn.errors import UserError, nearest, unknown
+from visattn.errors import UserError, did_you_mean, unknown
 from visattn.networks import agunet as _agunet
 from visattn.networks import pranet as _pranet
 from visattn.networks import unet3d as _unet3d
@@ -64,10 +64,9 @@ def check_network(config: Mapping[str, Any]) -> None:
         if key == "name":
             continue
         if key not in valid:
-            guess = nearest(key, valid)
-            hint = f" Did you mean '{guess}'?" if guess else ""
             raise UserError(
-                f"network '{name}' has no argument '{key}'.{hint}\nIt takes: {', '.join(dict.fromkeys(valid))}"
+                f"network '{name}' has no argument '{key}'.{did_you_mean(key, valid)}\n"
+                f"It takes: {', '.join(dict.fromkeys(valid))}"
             )
         if key in ("in_channels", "classes", "channels") and (type(value) is not int or value < 1):
             raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
