@@ -2,13 +2,10 @@
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import cv2
-import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
@@ -28,11 +25,12 @@ from visattn.data.cases import (
 )
 from visattn.data.dataset import EvaluationSet, TrainingBatch, TrainingSet, collate_evaluation
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from visattn.data.loading import free_cores, make_loader, progress
+from visattn.data.loading import rank as _rank
 from visattn.data.sampler import EpochSampler, ShardSampler
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.errors import UserError
 from visattn.labels import Labels
-from visattn.signals import leave_signals_to_parent
 
 _log = logging.getLogger(__name__)
 
@@ -144,12 +142,7 @@ class ImageMaskFolder(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and the number of its batches after which training goes on, for the checkpoint."""
-        loop = self.trainer.fit_loop if self.trainer is not None else None
-        if loop is None:
-            return {}
-        epoch: Any = loop.epoch_progress.current
-        within = epoch.ready != epoch.processed  # else the batches counted are those of the epoch before
-        return {"epoch": epoch.processed, "batches": loop.epoch_loop.batch_progress.current.completed if within else 0}
+        return progress(self.trainer)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was written. Lightning's own counters come too late for loading processes."""
@@ -256,25 +249,13 @@ class ImageMaskFolder(LightningDataModule):
         return self._loader(data, sampler, collate_evaluation, 0 if kept else self._workers())
 
     def _loader(self, data: Any, sampler: Any, collate: Any, workers: int) -> DataLoader[Any]:
-        return DataLoader(
-            data,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=workers > 0,
-            worker_init_fn=_start_worker,
-            # fork shares the cached images; other ways of starting would copy them into every worker.
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-            generator=torch.Generator().manual_seed(self.seed),  # its own, so that loading leaves torch's stream alone
-        )
+        return make_loader(data, sampler, collate, workers, self.seed)
 
     def _workers(self) -> int:
         if self.num_workers is not None:
             return self.num_workers
-        free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         small = self.preprocessing.size[0] * self.preprocessing.size[1] <= 160 * 160
-        return 0 if self.cache and small else max(0, min(8, free - 1))
+        return 0 if self.cache and small else max(0, min(8, free_cores() - 1))
 
     def _check_arguments(self) -> None:
         if not self.roots:
@@ -301,16 +282,3 @@ def _per_channel(
     if len(values) != channels or (key == "std" and not all(value > 0 for value in values)):
         raise UserError(f"data.{key}: needs {channels} numbers{' above 0' if key == 'std' else ''}, got {values!r}")
     return tuple(float(value) for value in values)
-
-
-def _rank() -> tuple[int, int]:
-    """This process and the number of processes that share the data."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _start_worker(worker: int) -> None:
-    """OpenCV's threads do not survive a fork, and one process per core is enough."""
-    cv2.setNumThreads(0)
-    leave_signals_to_parent()

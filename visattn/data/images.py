@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -61,6 +61,13 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     channels: Literal[1, 3] = 3
+
+    rank: ClassVar[int] = 2
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels, as for volumes."""
+        return self.channels
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python that `from_config` reads back."""
