@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the files below a folder."""
 
 import os
 import secrets
@@ -49,3 +49,18 @@ def write_bytes_atomic(path: Path | str, data: bytes) -> None:
 def write_text_atomic(path: Path | str, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
     write_bytes_atomic(path, text.encode())
+
+
+def walk_files(folder: Path, skipped: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield each folder below `folder`, itself first, with its files in order of their names.
+
+    Links to folders are followed, each folder once. Hidden files and folders, and the folder `skipped`, are left out.
+    """
+    visited: set[str] = set()
+    left_out = os.path.realpath(skipped) if skipped is not None else None
+    for root, folders, files in os.walk(folder, followlinks=True):
+        visited.add(os.path.realpath(root))  # a link to a folder above would lead in circles
+        inner = [name for name in sorted(folders) if not name.startswith(".")]
+        real = {name: os.path.realpath(os.path.join(root, name)) for name in inner}
+        folders[:] = [name for name in inner if real[name] not in visited and real[name] != left_out]
+        yield Path(root), [Path(root, name) for name in sorted(files) if not name.startswith(".")]

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from visattn.data.images import SUFFIXES, image_size
 from visattn.errors import UserError, nearest
 from visattn.errors import shown as shown  # other commands take it from here
+from visattn.files import walk_files
 from visattn.labels import Labels
 from visattn.overlay import safe_name
 

@@ -28,6 +28,15 @@ def is_volume_name(path: Path) -> bool:
     return not path.name.startswith(".") and path.name.lower().endswith(ENDINGS)
 
 
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins like a DICOM file."""
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 def volumes_in(folder: Path) -> list[Path]:
     """The files of a folder with the name of a NIfTI file, sorted."""
     return sorted(path for path in folder.iterdir() if is_volume_name(path))

@@ -13,7 +13,8 @@ from visattn.data.volume_names import listed, split_suffix, stem_of, volumes_in
 from visattn.errors import UserError
 
 _LABEL_ENDINGS = ("_seg", "_dseg", "_mask", "_label", "_labels", "_segmentation")
-_CHANNEL_AXIS = 3  # where files with channels hold them: the fourth axis, as in the Decathlon
+CHANNEL_AXIS = 3
+"""Where files with channels hold them: the fourth axis, as in the Decathlon."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def channels_of(path: Path) -> int:
     """Length of the fourth axis of a file; 1 where it has none, and for a file that tells nothing."""
     try:
         with nifti.collect_warnings():
-            return nifti.read_header(path, _CHANNEL_AXIS).channels
+            return nifti.read_header(path, CHANNEL_AXIS).channels
     except UserError:
         return 1  # no such axis, or a damaged file: told when it is read
 
@@ -82,7 +83,7 @@ def case_of(name: str, image: Path, label: Path | None, root: str, picks: tuple[
     """A case of one file, which holds `count` channels."""
     if count == 1:
         return VolumeCase(name, (image,), label, name, root)
-    return VolumeCase(name, (image,), label, name, root, _CHANNEL_AXIS, picks)
+    return VolumeCase(name, (image,), label, name, root, CHANNEL_AXIS, picks)
 
 
 def pair_folders(

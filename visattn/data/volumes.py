@@ -8,6 +8,7 @@ from visattn.data.volume_case import (
     read_case,
     read_case_label,
 )
+from visattn.data.volume_inputs import find_volume_cases
 from visattn.data.volume_layouts import Layout, find_training_cases, scan_volumes
 from visattn.data.volume_pairs import VolumeScan
 
@@ -18,6 +19,7 @@ __all__ = [
     "VolumeCase",
     "VolumeScan",
     "find_training_cases",
+    "find_volume_cases",
     "image_geometry",
     "read_case",
     "read_case_label",
