@@ -122,15 +122,30 @@ def window_logits(
     One network without further views gives its logits as they are: softmax forgets what is added to all classes of a
     voxel, so logits and log-probabilities blend to the same.
     """
+    return merged(member_logits(networks, windows, tta, autocast), activation)
+
+
+def member_logits(
+    networks: Sequence[Callable[[Tensor], Any]],
+    windows: Tensor,
+    tta: ViewsOf3d = "none",
+    autocast: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Logits (B, K, d, h, w) of windows (B, C, d, h, w), one for each network and view, turned back."""
     views = VIEWS[tta]
     with torch.autocast(windows.device.type, autocast, enabled=autocast is not None):
         results = [_flip(_first(network(_flip(windows, axes))), axes) for network in networks for axes in views]
+    return [logits.float() for logits in results]
+
+
+def merged(results: Sequence[Tensor], activation: Activation) -> Tensor:
+    """The logits of the mean of the probabilities that `results` (B, K, d, h, w) stand for."""
     if len(results) == 1:
-        return results[0].float()
+        return results[0]
     if activation == "softmax":
-        mean = torch.stack([logits.float().softmax(dim=1) for logits in results]).mean(dim=0)
+        mean = torch.stack([logits.softmax(dim=1) for logits in results]).mean(dim=0)
         return mean.clamp_min(_SMALLEST).log()
-    mean = torch.stack([logits.float().sigmoid() for logits in results]).mean(dim=0)
+    mean = torch.stack([logits.sigmoid() for logits in results]).mean(dim=0)
     return torch.logit(mean, eps=_SMALLEST)
 
 
@@ -161,7 +176,7 @@ def stream_logits(
         call: Windows (B, C, d, h, w) to logits (B, K, d, h, w), as `window_logits` does.
         volume: (C, D, H, W).
         grid: Where the windows lie.
-        batch: Windows in a call; halved for good when the device's memory does not suffice.
+        batch: Windows in a call at most, all of one row along the last axis; halved for good when the device's memory does not suffice.
         device: Where `call` computes, and where the planes that are not finished are kept.
         memory_format: Of the windows, such as `torch.channels_last_3d`.
         rows: The strip of the second axis that is wanted; None: all of it.
@@ -177,7 +192,11 @@ def stream_logits(
     """
     depth, height, width = grid.size
     wanted = rows or slice(0, height)
-    weight = [gaussian(length).to(device) for length in grid.patch]
+    # Along an axis with one window there is nothing to weigh.
+    weight = [
+        (gaussian(length) if len(starts) > 1 else torch.ones(length)).to(device)
+        for length, starts in zip(grid.patch, grid.starts, strict=True)
+    ]
     kernel = weight[0][:, None, None] * weight[1][None, :, None] * weight[2][None, None, :]
     # The weights that a voxel receives are a product of sums along the axes, since windows lie on a grid.
     total = [_received(starts, own, size) for starts, own, size in zip(grid.starts, weight, grid.size, strict=True)]
@@ -186,23 +205,25 @@ def stream_logits(
     kept: Tensor | None = None  # (K, planes, strip, W): sums of the planes from `first` on
     first = 0
     for index, start in enumerate(grid.starts[0]):
-        positions = [(start, row, column) for row in inner for column in grid.starts[2]]
-        done = 0
-        while done < len(positions):
-            chosen = positions[done : done + batch]
+        # A call never spans two rows: kernels are chosen by the number of windows, and which ones go together must not
+        # depend on the strip.
+        rest = [[(start, row, column) for column in grid.starts[2]] for row in inner]
+        while rest:
+            chosen = rest[0][: math.ceil(len(rest[0]) / math.ceil(len(rest[0]) / batch))]
             try:
                 logits = call(_cut(volume, grid, chosen).to(device, memory_format=memory_format))
             except torch.OutOfMemoryError:
-                if batch == 1:
+                if len(chosen) == 1:
                     raise
-                batch //= 2
+                batch = len(chosen) // 2
                 continue
             if kept is None:
                 deep = min(grid.patch[0], depth)
                 kept = logits.new_zeros((logits.shape[1], deep, wanted.stop - wanted.start, width))
             for position, window in zip(chosen, logits, strict=True):
                 _add(kept, window, kernel, grid, position, first, wanted)
-            done += len(chosen)
+            rest[0] = rest[0][len(chosen) :]
+            rest = rest if rest[0] else rest[1:]
             if advance is not None:
                 advance(len(chosen))
         assert kept is not None
