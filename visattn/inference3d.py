@@ -176,7 +176,8 @@ def stream_logits(
         call: Windows (B, C, d, h, w) to logits (B, K, d, h, w), as `window_logits` does.
         volume: (C, D, H, W).
         grid: Where the windows lie.
-        batch: Windows in a call at most, all of one row along the last axis; halved for good when the device's memory does not suffice.
+        batch: Windows in a call at most, all of one row along the last axis; halved for good when the device's memory
+            does not suffice.
         device: Where `call` computes, and where the planes that are not finished are kept.
         memory_format: Of the windows, such as `torch.channels_last_3d`.
         rows: The strip of the second axis that is wanted; None: all of it.
