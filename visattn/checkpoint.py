@@ -11,11 +11,9 @@ Status: format 1. A reader refuses every other number, so a change that an old r
 import hashlib
 import json
 import pickle
-import platform
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from visattn.errors import UserError, nearest
 from visattn.files import write_bytes_atomic, write_text_atomic
 from visattn.folds_file import has_folds, read_folds
+from visattn.versions import library_versions
 
 FORMAT = 1
 KEY = "visattn"  # the entry of the .ckpt that is ours; all others belong to Lightning
@@ -81,17 +80,6 @@ class Checkpoint:
         return {"format": FORMAT} | {key: getattr(self, key) for key in _TYPES}
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a result."""
-    found = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-            found[name] = "unknown"
-    return found
-
-
 def checkpoint_metadata(
     *,
     recipe: Mapping[str, Any],
@@ -124,7 +112,7 @@ def checkpoint_metadata(
         "labels": labels,
         "preprocessing": preprocessing,
         "network": {**network, "pretrained": False},
-        "versions": library_versions(),
+        "versions": library_versions(LIBRARIES),
         "data": data,
         "postprocessing": {"threshold": threshold},
     }
@@ -223,10 +211,19 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     size = path.stat().st_size
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: damaged checkpoint: no network weights in it.\nUse another checkpoint of the run.")
+    odd = [key for key, value in weights.items() if not _is_plain(value)]
+    if odd:
+        raise UserError(f"{path}: damaged checkpoint: {odd[0]!r:.120} is no plain tensor of numbers.\nDo not use it.")
     if sum(value.numel() * value.element_size() for value in weights.values()) > size:
         # Tensors that share or repeat a small storage could claim any amount of memory.
         raise UserError(f"{path}: damaged checkpoint: its weights claim more bytes than the file has.\nDo not use it.")
     return Checkpoint(path=path, sha256=sha256, state_dict=weights, **fields)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has ordinary storage with real numbers in it: not sparse, quantised, complex or without values."""
+    kinds = tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided
+    return not kinds and tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _check_entry(path: Path, entry: object) -> dict[str, Any]:
@@ -254,10 +251,7 @@ def _check_entry(path: Path, entry: object) -> dict[str, Any]:
 
 
 def load_plain(path: Path, map_location: Any = "cpu") -> Any:
-    """`torch.load(weights_only=True)` with its errors in words.
-
-    The archive's checksums are verified first, because torch reads a tensor with flipped bits in silence; a
-    compressed archive, which torch never writes, is refused, because a few bytes of it can unfold to any size.
+    """`torch.load(weights_only=True)` with its errors in words, after the checks of `visattn.archives`.
 
     Raises:
         UserError: truncated, damaged, in the old format of torch, or holding objects that could execute.
@@ -276,11 +270,7 @@ def load_plain(path: Path, map_location: Any = "cpu") -> Any:
             "Give the .ckpt of a run, or the .safetensors of visattn export-weights."
         )
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise UserError(f"{path}: not written by torch.save (its content is compressed).\nDo not use it.")
-            if archive.testzip() is not None:
-                raise UserError(damaged)
+        check_saved(path, PLAIN)
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -291,6 +281,15 @@ def load_plain(path: Path, map_location: Any = "cpu") -> Any:
         raise error if isinstance(error, UserError) else UserError(f"{path}: cannot be read: {error}") from error
     except Exception as error:  # whatever torch's reader makes of damaged bytes
         raise UserError(damaged) from error
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The plain values in nested mappings and lists, each with its place."""
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(item, f"{where}.{key}")
+    else:
+        yield where.removeprefix("network."), value
 
 
 def build_network(checkpoint: Checkpoint) -> nn.Module:
@@ -306,15 +305,18 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise UserError(f"{checkpoint.path}: incomplete checkpoint: 'network.name' is missing.\nUse another one.")
-    for key, value in arguments.items():
+    for key, value in _leaves(arguments, "network"):
+        if isinstance(value, int) and abs(value) > _LARGEST_ARGUMENT:
+            raise UserError(f"{checkpoint.path}: {key} of its network is {value!r:.40}: too large.\nDo not use this file.")
         # timm takes hf-hub: and local-dir: names and fetches them, even without pretrained weights.
         if isinstance(value, str) and any(mark in value for mark in ":/\\"):
             raise UserError(
-                f"{checkpoint.path}: the network's {key} is {value!r}, an outside address: refused.\n"
+                f"{checkpoint.path}: the network's {key} is {value!r:.200}, an outside address: refused.\n"
                 "Do not use this file."
             )
     try:
-        network: nn.Module = create_model(name, **arguments)
+        with _no_larger_than(checkpoint.state_dict):
+            network: nn.Module = create_model(name, **arguments)
         wanted, given = network.state_dict(), checkpoint.state_dict
         missing = sorted(wanted.keys() - given.keys())
         extra = sorted(given.keys() - wanted.keys())
@@ -327,10 +329,39 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
                 "Use another checkpoint of the same run, or the visattn version that wrote it "
                 f"({checkpoint.versions.get('visattn', 'unknown')})."
             )
+        spoilt = [k for k, v in given.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())]
+        if spoilt:
+            raise UserError(
+                f"{len(spoilt)} of its weights hold NaN or infinite values (first: {spoilt[0]}): the training "
+                "diverged, or the file is damaged.\nUse another checkpoint."
+            )
         network.load_state_dict(given)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error
     return network.eval()
+
+
+@contextmanager
+def _no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """Stop building a network that outgrows its weights by far, before its tensors take memory.
+
+    What a network is built with comes from the checkpoint, where anybody may have written another width or depth.
+    """
+    room = 2 * sum(value.numel() for value in weights.values()) + 2**25  # a backbone's classifier is built and dropped
+    tensors = 10 * len(weights) + 1000
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        nonlocal room, tensors
+        room -= 0 if parameter is None else parameter.numel()
+        tensors -= 1
+        if room < 0 or tensors < 0:
+            raise UserError("the network that it describes is far larger than its weights.\nDo not use this file.")
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def export_weights(checkpoint: Path | str, output: Path | str) -> tuple[Path, Path]:

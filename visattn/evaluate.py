@@ -8,14 +8,12 @@ numbers that `validate` and `test` give for probabilities (`docs/evaluate.md`).
 import hashlib
 import math
 import os
-import platform
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,6 +34,7 @@ from visattn.predict_plan import shown
 from visattn.progress import Bar
 from visattn.report import write_report
 from visattn.scored import CASES, INPUTS, SUMMARY, Input, write_cases, write_inputs, write_overlays, write_summary
+from visattn.versions import library_versions
 
 Missing = Literal["error", "miss"]
 
@@ -128,7 +127,7 @@ def evaluate_folder(
                 "counts": {"scored": len(plan.pairs)},
             },
             "seconds": round(time.monotonic() - started, 1),
-            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in _LIBRARIES},
+            "versions": library_versions(_LIBRARIES),
             "labels": meaning.to_config(),
         }
         inputs = {

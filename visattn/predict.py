@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from visattn.checkpoint import library_versions
+from visattn.checkpoint import LIBRARIES
 from visattn.data.images import prepare, read_image
 from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
@@ -33,6 +33,7 @@ from visattn.predict_plan import Case, check_space, find_images, output_folder, 
 from visattn.predict_record import MANIFEST, TABLE, Entry, Record, file_hash
 from visattn.predictor import Predictor, find_device, parse_checkpoint, read_members
 from visattn.progress import Bar
+from visattn.versions import library_versions
 
 RULES = 1  # raise it when the same weights and settings begin to give other files
 BATCH = {"cuda": 16, "mps": 4, "cpu": 1}  # on a CPU a larger batch is no faster (docs/predict.md)
@@ -102,7 +103,7 @@ def predict_folder(
         weights = hashes if len(hashes) > 1 else hashes[0]
         settings = {"weights": weights, "threshold": threshold, "tta": tta, "rules": RULES}
         about = {
-            "versions": library_versions(),
+            "versions": library_versions(LIBRARIES),
             "checkpoint": {"path": str(content.path), "sha256": content.sha256}
             if len(members) == 1
             else {"path": str(checkpoint), "folds": [{"path": str(m.path), "sha256": m.sha256} for m in members]},

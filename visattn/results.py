@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from visattn import NOTICE
-from visattn.checkpoint import library_versions
+from visattn.checkpoint import LIBRARIES
 from visattn.data.cases import PHANTOM
 from visattn.errors import UserError
 from visattn.metrics import summarise
@@ -29,6 +29,7 @@ from visattn.scored import (
     write_summary,
 )
 from visattn.task import SegmentationTask
+from visattn.versions import library_versions
 
 MASKS = "masks"
 _PART = ".masks.part"  # where masks are written until all cases are scored
@@ -129,7 +130,7 @@ def write_results(
         },
         "hardware": hardware(task.device),
         "seconds": round(seconds, 1),
-        "versions": library_versions(),
+        "versions": library_versions(LIBRARIES),
         "labels": task.labels.to_config(),
     }
     write_summary(folder, summary)
