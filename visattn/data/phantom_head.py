@@ -12,9 +12,10 @@ Legend: x right, y front, z up, in mm of the head about the middle of its cavity
 """
 
 import math
-from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,10 @@ from visattn.data.nifti import write
 from visattn.data.volume_case import PHANTOM, PHANTOM_SEED, VolumeCase
 from visattn.files import write_text_atomic
 
-Field = NDArray[np.float32]
+Field = NDArray[Any]
+"""float32 (I, J, K)."""
+
+Box = tuple[slice, slice, slice]
 Point = tuple[float, float, float]
 
 COUNT = 100
@@ -38,7 +42,7 @@ _EXTENT = (176.0, 214.0, 190.0)  # mm along x, y, z that an image covers
 _SIDES = (64, 128)
 _APART = 10.0  # mm between two lesions, so that they never touch
 
-AIR, BONE, FLUID, GREY, WHITE, MUSCLE, FAT, BLOOD = 0.01, 0.08, 0.17, 0.50, 0.64, 0.42, 0.95, 1.05
+AIR, BONE, FLUID, GREY, WHITE, MUSCLE, FAT, BLOOD = 0.01, 0.08, 0.15, 0.45, 0.66, 0.42, 0.95, 1.05
 
 
 def phantom_cases(count: int = COUNT) -> list[VolumeCase]:
@@ -47,7 +51,7 @@ def phantom_cases(count: int = COUNT) -> list[VolumeCase]:
     return [VolumeCase(name, (), None, name, PHANTOM) for name in names]
 
 
-def read_phantom(name: str) -> tuple[Field, NDArray[np.uint8], Geometry]:
+def read_phantom(name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
     """Draw the case `name` of the word phantom; see `phantom_head`."""
     return phantom_head(int(name.rpartition("_")[2]), PHANTOM_SEED)
 
@@ -57,7 +61,7 @@ def head_name(index: int) -> str:
     return f"head_{index:03d}"
 
 
-def phantom_head(index: int, seed: int) -> tuple[Field, NDArray[np.uint8], Geometry]:
+def phantom_head(index: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
     """Draw a head, in about a third of a second.
 
     Args:
@@ -153,6 +157,8 @@ class _Space:
         self.edge = float(np.mean(self.zooms))  # over so many mm one tissue gives way to another
         scale = rng.uniform(0.93, 1.05)
         stretch = [scale * rng.uniform(0.97, 1.03) for _ in range(3)]
+        square = np.vstack([np.diag(1 / np.array(stretch)) @ scan.to_head, [0, 0, 0, 1]])
+        self._to_index = np.linalg.inv(square)[:3]
         indices = np.ogrid[tuple(slice(n) for n in self.shape)]
         fields = []
         for row, by in zip(scan.to_head, stretch, strict=True):
@@ -173,25 +179,78 @@ class _Space:
             taps = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)  # cubic B-spline
             wide = [1, 1, 1]
             wide[axis] = -1
-            total = np.take(field, start, axis) * taps[0].reshape(wide)
+            total = np.take(field, start, axis)
+            total *= taps[0].reshape(wide)
+            part = np.empty_like(total)
             for tap in (1, 2, 3):
-                total += np.take(field, start + tap, axis) * taps[tap].reshape(wide)
+                np.take(field, start + tap, axis, part, mode="clip")  # the other modes buffer
+                part *= taps[tap].reshape(wide)
+                total += part
             field = total
-        return np.asarray(field * np.float32(2.0 / 216.0), np.float32)
+        field *= np.float32(2.0 / 216.0)
+        return field
 
-    def ball(self, centre: Point, radii: Point, x: Field | None = None) -> Field:
-        """How deep in mm, about, a voxel lies within an ellipsoid; below 0 outside. `x` stands for the own one."""
-        x = self.x if x is None else x
-        p = ((x - centre[0]) / radii[0]) ** 2
-        p += ((self.y - centre[1]) / radii[1]) ** 2
-        p += ((self.z - centre[2]) / radii[2]) ** 2
-        return np.asarray((1 - np.sqrt(p)) * np.float32(min(radii)), np.float32)
+    def ball(self, centre: Point, radii: Point) -> Field:
+        """How deep in mm, about, a voxel lies within an ellipsoid; below 0 outside."""
+        return _ball((self.x, self.y, self.z), centre, radii)
+
+    def paint(self, image: Field, value: float, centre: Point, radii: Point, turn: float | None = None) -> None:
+        """Blend `value` into an ellipsoid; only the voxels about it are looked at.
+
+        Args:
+            image: Changed in place.
+            value: Of the tissue.
+            centre: Of the ellipsoid.
+            radii: Of the ellipsoid.
+            turn: A number: draw it on both sides, as far apart as `turn` times the distance behind the middle says.
+        """
+        x, y, z = centre
+        wide, deep, tall = radii
+        if turn is not None:
+            x, wide = 0.0, wide + abs(x) + 20 * turn
+        box = self.box((x, y, z), (wide, deep, tall))
+        across, along = self.x[box], self.y[box]
+        if turn is not None:
+            across = np.abs(across) - np.float32(turn) * np.maximum(-along, 0)
+        _blend(image[box], value, self.soft(_ball((across, along, self.z[box]), centre, radii)))
+
+    def box(self, centre: Point, radii: Point) -> Box:
+        """The voxels about an ellipsoid, with 9 mm to spare for what makes heads uneven."""
+        middle = self._to_index @ np.array([*centre, 1.0])
+        half = np.sqrt(((self._to_index[:, :3] * (np.array(radii) + 9)) ** 2).sum(axis=1))
+        low, high = np.floor(middle - half).astype(int), np.ceil(middle + half).astype(int) + 1
+        i, j, k = (slice(max(a, 0), max(b, 0)) for a, b in zip(low.tolist(), high.tolist(), strict=True))
+        return i, j, k
+
+    def crop(self, box: Box) -> "_Space":
+        """The same coordinates on the voxels of `box` alone."""
+        part = copy(self)
+        part.x, part.y, part.z = self.x[box], self.y[box], self.z[box]
+        i, j, k = part.x.shape
+        part.shape = (i, j, k)
+        part._to_index = self._to_index.copy()
+        part._to_index[:, 3] -= [one.start for one in box]
+        return part
 
     def soft(self, depth: Field) -> Field:
         """Share of a voxel that lies inside a surface, from its depth in mm."""
-        share = depth * np.float32(1 / self.edge)
+        share = np.asarray(depth, np.float32) * np.float32(1 / self.edge)
         share += np.float32(0.5)
         return np.clip(share, 0, 1, out=share)
+
+
+def _ball(place: tuple[Field, Field, Field], centre: Point, radii: Point) -> Field:
+    total: Field | None = None
+    for field, middle, radius in zip(place, centre, radii, strict=True):
+        part = field - np.float32(middle)
+        part *= np.float32(1 / radius)
+        part *= part
+        total = part if total is None else np.add(total, part, out=total)
+    assert total is not None
+    np.sqrt(total, out=total)
+    total -= 1
+    total *= np.float32(-min(radii))
+    return total
 
 
 def _blend(image: Field, value: float | Field, share: Field) -> None:
@@ -208,11 +267,13 @@ def _draw(rng: np.random.Generator, scan: _Scan, wanted: tuple[float, ...]) -> t
     space = _Space(rng, scan)
     inside, radial = _cavity(space)
     image = _outer_head(space, inside, radial)
-    falx = _brain(space, image, inside)
     labels = np.zeros(space.shape, np.uint8)
+    box = space.box((0, 0, 0), (66, 85, 64))
+    part, cavity = space.crop(box), inside[box]
+    falx = _brain(part, image[box], cavity)
     done: list[tuple[Point, float]] = []
     for ml in wanted:
-        _lesion(space, image, labels, inside, falx, ml, scan.geometry.voxel_ml, done)
+        _lesion(part, image[box], labels[box], cavity, falx, ml, scan.geometry.voxel_ml, done)
     gain = rng.uniform(500, 1500)
     image *= np.clip(1 + rng.uniform(0.05, 0.2) * space.noise(110), 0.4, 2)
     image += 0.012 * space.noise(6) * image
@@ -238,7 +299,6 @@ def _cavity(space: _Space) -> tuple[Field, Field]:
 
 def _outer_head(space: _Space, inside: Field, vault: Field) -> Field:
     """Scalp, skull, face and neck; the cavity is still empty."""
-    side = np.abs(space.x)
     below = np.minimum(-30 - space.z, 0) * 0.6
     face = space.ball((0, 42, -58), (56, 54, 66))
     neck = np.minimum((1 - np.sqrt((space.x / 54) ** 2 + ((space.y + 20) / 56) ** 2)) * 54, 12 + below)
@@ -260,15 +320,15 @@ def _outer_head(space: _Space, inside: Field, vault: Field) -> Field:
         ((10, 84, -14), (10, 5, 9), AIR),  # frontal sinus
         ((56, -18, -42), (9, 14, 12), 0.15),  # mastoid
     ):
-        _blend(image, value, space.soft(space.ball(centre, radii, side)))
+        space.paint(image, value, centre, radii, turn=0)
+    space.paint(image, 0.36, (0, -34, -110), (20, 18, 55))  # spine
+    space.paint(image, 0.55, (0, -30, -120), (8, 8, 52))
     shell = 7 + space.noise(40)
     bone = np.minimum(-inside, inside + shell)
     bone = np.minimum(bone, np.where(vault < -shell, np.minimum(head - 9, 3), 9))
     _blend(image, BONE, space.soft(bone))
     marrow = np.minimum(bone - 2.2, 1.5)
     _blend(image, 0.42, space.soft(marrow) * 0.8)
-    spine = space.ball((0, -34, -110), (20, 18, 55))
-    _blend(image, 0.36, space.soft(np.minimum(spine, -inside - 4)))
     return image
 
 
@@ -281,8 +341,8 @@ def _brain(space: _Space, image: Field, inside: Field) -> Field:
     # Depth below the surface of the cortex: below the skull, off the fissure, and off the nearest sulcus.
     callosum = np.maximum(1 - np.sqrt((y / 56) ** 2 + ((z + 4) / 36) ** 2), 0) * 60
     fissure = side - 1.0 + callosum + np.maximum(-18 - z, 0)
-    sulcus = np.abs(space.noise(9)) * 5.5 + np.maximum(inside - 9, 0) * 0.45
-    other = np.abs(space.noise(14)) * 8 + np.maximum(inside - 15, 0) * 0.6  # the deep ones
+    sulcus = np.abs(space.noise(7.5)) * 4.5 + np.maximum(inside - 10, 0) * 0.5
+    other = np.abs(space.noise(12)) * 7 + np.maximum(inside - 16, 0) * 0.6  # the deep ones
     sylvian = np.sqrt(((y - 8 + 0.5 * (z + 8)) * 0.18) ** 2 + ((z + 8 - 0.25 * y) * 0.8) ** 2) - 1.5
     sylvian += np.maximum(inside - 24, 0) * 0.8 + np.maximum(np.abs(y - 4) - 32, 0) * 0.5
     cortex = np.minimum(np.minimum(sulcus, other) - 0.9, np.minimum(inside - 2.2, np.minimum(fissure, sylvian)))
@@ -292,26 +352,26 @@ def _brain(space: _Space, image: Field, inside: Field) -> Field:
     behind = np.minimum(np.minimum(behind, inside - 1.5), tent - 26 - z + 14)
     cortex = np.where(y < -4, np.minimum(cortex, z - tent + 12 + np.maximum(y + 16, 0) * 3), cortex)
     _blend(image, GREY, space.soft(cortex))
-    _blend(image, WHITE, space.soft(cortex - space.rng.uniform(2.6, 3.2)))
+    _blend(image, WHITE, space.soft(cortex - space.rng.uniform(2.4, 3.0)))
 
-    for centre, radii in (((11, -8, 3), (9, 14, 9)), ((27, 8, 2), (6, 19, 11)), ((14, 24, 9), (5, 10, 8))):
-        _blend(image, 0.56, space.soft(space.ball(centre, radii, side)) * 0.9)
-    stem = np.maximum(space.ball((0, -20, -36), (16, 13, 22)), space.ball((0, -28, -70), (9, 9, 60)))
+    for middle, size in (((11, -8, 3), (9, 14, 9)), ((27, 8, 2), (6, 19, 11)), ((14, 24, 9), (5, 10, 8))):
+        space.paint(image, 0.55, middle, size, turn=0)  # the grey matter within
     folia = np.abs(space.noise(5))
     _blend(image, GREY - 0.2 * np.maximum(0.45 - folia, 0), space.soft(behind))
-    _blend(image, WHITE, space.soft(space.ball((17, -44, -38), (17, 13, 9), side) + folia) * 0.9)
-    _blend(image, WHITE, space.soft(stem))
+    space.paint(image, WHITE - 0.04, (17, -44, -38), (17, 13, 9), turn=0)
+    space.paint(image, WHITE - 0.02, (0, -20, -36), (16, 13, 22))
+    space.paint(image, WHITE - 0.02, (0, -28, -70), (9, 9, 60))
 
     swell = space.rng.uniform(0.75, 1.35)
-    turned = side - 0.35 * np.maximum(-y, 0)  # the horns part towards the back
-    for centre, radii in (
+    horns: tuple[tuple[Point, Point], ...] = (
         ((9, 10, 12), (6 * swell, 30, 7 * swell)),
         ((13, -30, 6), (7 * swell, 17, 9 * swell)),
         ((30, -6, -16), (3.5 * swell, 20, 4 * swell)),
-    ):
-        _blend(image, FLUID, space.soft(space.ball(centre, radii, turned)))
-    _blend(image, FLUID, space.soft(space.ball((0, 0, -2), (2.4 * swell, 13, 11))))
-    _blend(image, FLUID, space.soft(space.ball((0, -36, -40), (6 * swell, 4.5, 9))))
+    )
+    for centre, radii in horns:
+        space.paint(image, FLUID, centre, radii, turn=0.35)  # the horns part towards the back
+    space.paint(image, FLUID, (0, 0, -2), (2.4 * swell, 13, 11))
+    space.paint(image, FLUID, (0, -36, -40), (6 * swell, 4.5, 9))
 
     # What takes up contrast: dura, falx, sinuses, and vessels in the sulci.
     falx = np.minimum(0.9 - side, -0.5 - callosum + np.minimum(z + 18, 3))
@@ -323,9 +383,9 @@ def _brain(space: _Space, image: Field, inside: Field) -> Field:
     upper = np.minimum(4.2 - np.sqrt(side**2 + (inside - 3) ** 2), np.maximum(z, -y - 40))
     across = np.minimum(4 - np.sqrt((z - tent + 6) ** 2 + (inside - 2.5) ** 2), -y - 25)
     _blend(image, BLOOD, space.soft(np.maximum(upper, across)))
-    carotid = np.maximum(space.ball((13, 8, -28), (2.6, 2.6, 9), side), space.ball((0, -4, -34), (2.4, 2.4, 12)))
-    _blend(image, BLOOD, space.soft(carotid))
-    return np.asarray(falx, np.float32)
+    space.paint(image, BLOOD, (13, 8, -28), (2.6, 2.6, 9), turn=0)  # carotid arteries
+    space.paint(image, BLOOD, (0, -4, -34), (2.4, 2.4, 12))
+    return np.asarray(falx)
 
 
 def _lesion(
@@ -343,17 +403,16 @@ def _lesion(
     radius = (3000 * ml / (4 * math.pi)) ** (1 / 3)
     for _ in range(100):
         on_falx = rng.random() < 0.15
-        way = rng.standard_normal(3)
-        way[2] = abs(way[2]) if rng.random() < 0.8 else -0.4 * abs(way[2])
-        way *= 95 / math.sqrt(float((way * way).sum()))
-        if on_falx:
-            way = np.array([0.0, rng.uniform(-50, 55), rng.uniform(25, 55)])
+        a, b, c = rng.standard_normal(3).tolist()
+        c = abs(c) if rng.random() < 0.8 else -0.4 * abs(c)
+        far = 95 / math.sqrt(a * a + b * b + c * c)
+        way = (0.0, rng.uniform(-50, 55), rng.uniform(25, 55)) if on_falx else (far * a, far * b, far * c)
         wall = falx > -1.5 if on_falx else np.abs(inside - 1) < 2
         away = (space.x - way[0]) ** 2 + (space.y - way[1]) ** 2 + (space.z - way[2]) ** 2
         nearest = np.unravel_index(int(np.where(wall, away, np.float32(1e9)).argmin()), space.shape)
         spot = tuple(float(field[nearest]) for field in (space.x, space.y, space.z))
         length = math.sqrt(sum(value * value for value in spot)) + 1e-3
-        inwards = (rng.choice([-1.0, 1.0]), 0.0, 0.0) if on_falx else tuple(-value / length for value in spot)
+        inwards = (rng.choice((-1, 1)).item(), 0, 0) if on_falx else tuple(-value / length for value in spot)
         x, y, z = (value + 0.4 * radius * by for value, by in zip(spot, inwards, strict=True))
         if all(math.dist((x, y, z), other) > 1.3 * (radius + size) + _APART for other, size in done):
             break
@@ -365,8 +424,8 @@ def _lesion(
     within = np.where(inside > 0, reach, np.float32(1e9))
     number = max(1, round(ml / voxel_ml))
     # The voxels that come first fill the volume exactly, whatever the shape of the skull leaves of it.
-    order = np.argpartition(within, number, axis=None)[: number + 1]
-    limit = float(within.flat[order[-1]])
+    order = np.argpartition(within, number, axis=None)
+    limit = float(within.flat[order[number]])
     labels.flat[order[:number]] = 1
 
     if rng.random() < 0.5:  # swollen white matter around it, darker
@@ -381,9 +440,3 @@ def _lesion(
     if ml > 8 and rng.random() < 0.3:  # a core that takes up little
         value -= 0.45 * _step(-reach, -0.5 * limit, 0.3 * limit)
     _blend(image, value, share)
-
-
-def iterate_heads(count: int, seed: int) -> Iterator[tuple[Field, NDArray[np.uint8], Geometry, str]]:
-    """Yield heads with their names."""
-    for index in range(count):
-        yield *phantom_head(index, seed), head_name(index)
