@@ -222,7 +222,6 @@ def centre(geometry: Geometry) -> NDArray[np.float64]:
 
 
 def _phantom(case: VolumeCase) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    """Draw a case of the phantom; its name ends in its number."""
-    from visattn.data.phantom_head import phantom_head
+    from visattn.data.phantom_head import read_phantom  # which makes cases itself
 
-    return phantom_head(int(case.name.rpartition("_")[2]), PHANTOM_SEED)
+    return read_phantom(case.name)

@@ -5,6 +5,8 @@
 | `decathlon` | what dataset.json lists under training, else imagesTr/; channels along the 4th axis | labelsTr/ |
 | `nnunet` | imagesTr/CASE_0000, CASE_0001, ...; dataset.json names the channels | labelsTr/CASE |
 | `folders` | images/, a file for each case, or for each channel with the suffix of nnU-Net | labels/ or masks/ |
+| `bids` | sub-*/[ses-*/]anat/*_T1w, the suffix being the channel | derivatives/**/sub-*_dseg |
+| patterns | for each channel a pattern, as `{case}/*_t1c.nii.gz` | the pattern `label` |
 """
 
 from collections import Counter
@@ -13,17 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from visattn.data.cases import name_prefixes, raise_problems
-from visattn.data.volume_case import PHANTOM, VolumeCase
-from visattn.data.volume_names import listed
-from visattn.data.volume_pairs import VolumeScan, pair_folders
+from visattn.data.dataset_json import NAME as DATASET_JSON
+from visattn.data.dataset_json import DatasetJson, find_splits, read_dataset_json
+from visattn.data.volume_bids import is_bids, scan_bids
+from visattn.data.volume_case import PHANTOM, Problem, VolumeCase
+from visattn.data.volume_names import listed, stem_of
+from visattn.data.volume_pairs import VolumeScan, case_of, channels_of, choose_channels, pair_folders
+from visattn.data.volume_patterns import scan_patterns
 from visattn.errors import UserError, nearest, unknown
 
 Layout = str | Mapping[str, str]
 """`auto`, the name of a layout, or a pattern for each channel and one for `label`."""
 
-PHANTOM_COUNT = 120
-"""Heads of the word phantom."""
-
+_TRAINING = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 FOLDERS = tuple((images, labels) for images in ("images", "image") for labels in ("labels", "masks", "label", "mask"))
 
 
@@ -74,34 +78,93 @@ def _scan(name: str, layout: Layout, channels: Sequence[str] | None) -> VolumeSc
     root = Path(name).expanduser()
     if not root.is_dir():
         raise UserError(_missing(name, root))
-    found = _auto(root) if layout == "auto" else layout
-    assert isinstance(found, str)
-    if found not in LAYOUTS:
-        raise unknown("data.layout", found, ["auto", *LAYOUTS])
-    scan = LAYOUTS[found](root, name, channels)
+    if isinstance(layout, str):
+        found = _auto(root, name) if layout == "auto" else layout
+        if found not in LAYOUTS:
+            raise unknown("data.layout", found, ["auto", *LAYOUTS])
+        scan = LAYOUTS[found](root, name, channels)
+    else:
+        scan = scan_patterns(root, name, layout, channels)
     if not scan.cases and not scan.problems:
-        raise UserError(f"data.root: {name}: no volume with a label in the layout '{found}'\nFound: {_found(root)}")
-    counts = Counter(case.name for case in scan.cases)
-    assert max(counts.values(), default=1) == 1
-    return replace(scan, cases=tuple(sorted(scan.cases, key=lambda case: case.name)))
+        raise UserError(
+            f"data.root: {name}: no volume with a label in the layout '{scan.layout}'\nFound: {_found(root)}"
+        )
+    return replace(scan, cases=tuple(sorted(scan.cases, key=lambda case: case.name)), splits=find_splits(root))
 
 
-def _auto(root: Path) -> str:
-    if _pair(root, (("imagesTr", "labelsTr"),)):
+def _auto(root: Path, name: str) -> str:
+    """Which layout a folder has."""
+    described = read_dataset_json(root)
+    if described is not None:
+        return described.version
+    if _pair(root, _TRAINING):
         return "decathlon"
     if _pair(root, FOLDERS):
         return "folders"
+    if is_bids(root):
+        return "bids"
+    inner = [path for path in sorted(root.iterdir()) if path.is_dir() and _has_layout(path)]
+    hint = f"\nIts folders {listed(path.name for path in inner)} do: name one or several of them." if inner else ""
     raise UserError(
-        f"data.root: {root} has no layout that is known: imagesTr/ with labelsTr/ (Decathlon, nnU-Net), images/ with "
-        f"labels/.\nFound: {_found(root)}"
+        f"data.root: {name} has no known layout: dataset.json or imagesTr/ with labelsTr/ (Decathlon, nnU-Net), "
+        f"images/ with labels/, sub-*/ with derivatives/ (BIDS).{hint}\nFound: {_found(root)}\n"
+        "For another layout give patterns, data.layout: {t1c: '{case}/*_t1c.nii.gz', label: '{case}/*_seg.nii.gz'}"
     )
 
 
-def _decathlon(root: Path, name: str, channels: Sequence[str] | None) -> VolumeScan:
-    pair = _pair(root, (("imagesTr", "labelsTr"),))
-    if pair is None:
+def _has_layout(folder: Path) -> bool:
+    return (folder / DATASET_JSON).is_file() or bool(_pair(folder, (*_TRAINING, *FOLDERS))) or is_bids(folder)
+
+
+def _training(root: Path, name: str, channels: Sequence[str] | None) -> VolumeScan:
+    """Decathlon and nnU-Net, which differ in how files are named; what is there counts, not what it is called."""
+    described, pair = read_dataset_json(root), _pair(root, _TRAINING)
+    there = described.channels if described is not None else None
+    if described is not None and described.training and not _suffixed(root, described):
+        scan = _listed(root, name, described, channels)
+    elif pair is None:
         raise UserError(f"data.root: {name}: needs imagesTr/ and labelsTr/\nFound: {_found(root)}")
-    return pair_folders(*pair, name, channels)
+    else:
+        scan = pair_folders(*pair, name, channels, there)
+    return replace(scan, labels=described.labels if described is not None else None)
+
+
+def _suffixed(root: Path, described: DatasetJson) -> bool:
+    """Whether the listed images are there with channel suffixes only, as in version 1 of nnU-Net."""
+    images = [root / image[0] for image, _ in described.training if len(image) == 1]
+    first = [path.with_name(f"{stem_of(path)}_0000{path.name[len(stem_of(path)) :]}") for path in images]
+    return any(path.is_file() for path in first) and not any(path.is_file() for path in images)
+
+
+def _listed(root: Path, name: str, described: DatasetJson, channels: Sequence[str] | None) -> VolumeScan:
+    """The cases that dataset.json lists."""
+    problems, files = [], []
+    for images, label in described.training:
+        stem = stem_of(Path(label))
+        absent = [entry for entry in (*images, label) if not (root / entry).is_file()]
+        if absent:
+            problems.append(
+                Problem(stem, f"{described.path}: lists {listed(absent)}, which is not there", described.path)
+            )
+        else:
+            files.append((stem, tuple(root / entry for entry in images), root / label))
+    twice = [stem for stem, count in Counter(stem for stem, *_ in files).items() if count > 1]
+    if twice:
+        raise UserError(f"{described.path}: lists {listed(twice)} twice")
+    counts = {stem: channels_of(paths[0]) if len(paths) == 1 else len(paths) for stem, paths, _ in files}
+    count = max(counts.values(), default=1)
+    there = described.channels if described.channels and len(described.channels) == count else None
+    picks, names = choose_channels(channels, there, count, name)
+    cases = []
+    for stem, paths, label_path in files:
+        if counts[stem] != count:
+            text = f"{paths[0]}: has {counts[stem]} channels, other cases {count}"
+            problems.append(Problem(stem, text, paths[0]))
+        elif len(paths) == 1:
+            cases.append(case_of(stem, paths[0], label_path, name, picks, count))
+        else:
+            cases.append(VolumeCase(stem, tuple(paths[index] for index in picks), label_path, stem, name))
+    return VolumeScan(described.version, tuple(cases), tuple(problems), names)
 
 
 def _folders(root: Path, name: str, channels: Sequence[str] | None) -> VolumeScan:
@@ -116,14 +179,17 @@ def _pair(root: Path, names: Sequence[tuple[str, str]]) -> tuple[Path, Path] | N
 
 
 LAYOUTS: dict[str, Callable[[Path, str, Sequence[str] | None], VolumeScan]] = {
-    "decathlon": _decathlon,
+    "decathlon": _training,
+    "nnunet": _training,
     "folders": _folders,
+    "bids": scan_bids,
 }
 
 
 def _phantom() -> VolumeScan:
-    names = [f"head_{index:04d}" for index in range(PHANTOM_COUNT)]
-    return VolumeScan(PHANTOM, tuple(VolumeCase(name, (), None, name, PHANTOM) for name in names), (), ("t1c",))
+    from visattn.data.phantom_head import phantom_cases
+
+    return VolumeScan(PHANTOM, tuple(phantom_cases()), (), ("t1c",))
 
 
 def _found(root: Path) -> str:

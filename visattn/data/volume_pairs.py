@@ -131,7 +131,7 @@ def _single(
 ) -> VolumeScan:
     counts = {path: channels_of(path) for path in found}
     count = max(set(counts.values()), key=list(counts.values()).count, default=1)
-    picks, names = choose_channels(channels, there, count, str(images))
+    picks, names = choose_channels(channels, there if there and len(there) == count else None, count, str(images))
     cases, problems = [], []
     for stem, path in {stem_of(path): path for path in found}.items():
         if counts[path] != count:
