@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data import nifti
+from visattn.data.cases import PHANTOM, PHANTOM_SEED
 from visattn.data.geometry import Geometry
 from visattn.data.regrid import coverage, regrid, turned
 from visattn.errors import UserError
 from visattn.labels import Labels
 
-PHANTOM = "phantom"
-PHANTOM_SEED = 20240
-"""Independent of the recipe's seed, so that every run trains on the same heads."""
+PHANTOM_COUNT = 100
+"""Heads that the word phantom means."""
 
 MIN_COVERAGE = 0.5
 """Share of the first channel's extent that another one must cover to be resampled to it."""
@@ -221,7 +221,15 @@ def centre(geometry: Geometry) -> NDArray[np.float64]:
     return np.asarray(middle[:3])
 
 
-def _phantom(case: VolumeCase) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    from visattn.data.phantom_head import read_phantom  # which makes cases itself
+def phantom_cases() -> list[VolumeCase]:
+    """The cases of the word phantom, each a patient of its own."""
+    from visattn.data.phantom_head import head_name
 
-    return read_phantom(case.name)
+    return [VolumeCase(head_name(i), (), None, head_name(i), PHANTOM) for i in range(PHANTOM_COUNT)]
+
+
+def _phantom(case: VolumeCase) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
+    """Draw a head; its name ends in its number."""
+    from visattn.data.phantom_head import phantom_head
+
+    return phantom_head(int(case.name.rpartition("_")[2]), PHANTOM_SEED)

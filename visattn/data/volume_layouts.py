@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from visattn.data.cases import name_prefixes, raise_problems
+from visattn.data.cases import PHANTOM, name_prefixes, raise_problems
 from visattn.data.dataset_json import NAME as DATASET_JSON
 from visattn.data.dataset_json import DatasetJson, find_splits, read_dataset_json
 from visattn.data.volume_bids import is_bids, scan_bids
-from visattn.data.volume_case import PHANTOM, Problem, VolumeCase
+from visattn.data.volume_case import Problem, VolumeCase, phantom_cases
 from visattn.data.volume_names import listed, stem_of
 from visattn.data.volume_pairs import VolumeScan, case_of, channels_of, choose_channels, pair_folders
 from visattn.data.volume_patterns import scan_patterns
@@ -59,7 +59,7 @@ def scan_volumes(
         UserError: A root does not exist, has no known layout or holds no case, or lacks channels.
     """
     names = [str(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
-    scans = [_phantom() if name == PHANTOM else _scan(name, layout, channels) for name in names]
+    scans = [_phantom(channels) if name == PHANTOM else _scan(name, layout, channels) for name in names]
     if len(scans) > 1:
         if len({str(Path(name).resolve()) for name in names}) < len(names):
             raise UserError(f"data.root: the same data is named twice among {listed(names)}")
@@ -186,10 +186,9 @@ LAYOUTS: dict[str, Callable[[Path, str, Sequence[str] | None], VolumeScan]] = {
 }
 
 
-def _phantom() -> VolumeScan:
-    from visattn.data.phantom_head import phantom_cases
-
-    return VolumeScan(PHANTOM, tuple(phantom_cases()), (), ("t1c",))
+def _phantom(channels: Sequence[str] | None) -> VolumeScan:
+    _, names = choose_channels(channels, ("t1c",), 1, "the phantom")
+    return VolumeScan(PHANTOM, tuple(phantom_cases()), (), names)
 
 
 def _found(root: Path) -> str:

@@ -1,7 +1,7 @@
 """Cases of volumes: found for training and for prediction, and read with all their channels on one grid."""
 
+from visattn.data.cases import PHANTOM
 from visattn.data.volume_case import (
-    PHANTOM,
     Problem,
     VolumeCase,
     image_geometry,
