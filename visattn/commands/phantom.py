@@ -8,15 +8,37 @@ from typing import Any
 
 def add(commands: Any) -> None:
     """Register the command."""
-    text = "write the embedded synthetic images and masks to a folder"
+    text = "write synthetic images with masks, or synthetic heads with lesions, to a folder"
     phantom = commands.add_parser("phantom", help=text, description=text)
-    phantom.add_argument("folder", type=Path, metavar="DIR", help="gets images/ and masks/")
-    phantom.add_argument("--count", type=int, default=24, help="number of images (default: 24)")
-    phantom.add_argument("--seed", type=int, default=1, help="another seed, other images (default: 1)")
+    phantom.add_argument(
+        "folder", type=Path, metavar="DIR", help="gets images/ and masks/; for heads imagesTr/, labelsTr/, dataset.json"
+    )
+    phantom.add_argument(
+        "--kind",
+        choices=("polyp", "head"),
+        default="polyp",
+        help="polyp: pictures like colonoscopy; head: volumes like contrast-enhanced T1, some with meningiomas "
+        "(default: polyp)",
+    )
+    phantom.add_argument("--count", type=_whole, default=24, help="how many (default: 24)")
+    phantom.add_argument("--seed", type=_whole, default=1, help="another seed, other images (default: 1)")
     phantom.set_defaults(call=_call)
 
 
+def _whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0")
+    return number
+
+
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.kind == "head":
+        from visattn.data.phantom_head import write_heads
+
+        write_heads(options.folder, options.count, options.seed)
+        print(f"{options.count} synthetic heads: {options.folder}")
+        return 0
     from visattn.data.phantom import write_phantom
 
     write_phantom(options.folder, options.count, options.seed)

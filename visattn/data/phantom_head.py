@@ -11,54 +11,54 @@ everywhere, and values are rounded to whole numbers as a scanner's are.
 Legend: x right, y front, z up, in mm of the head about the middle of its cavity; I, J, K the voxel axes.
 """
 
+import json
 import math
-from copy import copy
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visattn.data._phantom_space import Field, Point, Scan, Space, blend, draw_scan, step
 from visattn.data.geometry import Geometry
 from visattn.data.nifti import write
 from visattn.data.volume_case import PHANTOM, PHANTOM_SEED, VolumeCase
 from visattn.files import write_text_atomic
+from visattn.progress import Bar
 
-Field = NDArray[Any]
-"""float32 (I, J, K)."""
-
-Box = tuple[slice, slice, slice]
-Point = tuple[float, float, float]
-
-COUNT = 100
+COUNT = 120
 """Heads that the word phantom means."""
 
 SMALLEST_ML, LARGEST_ML = 0.3, 50.0
 """Volumes of lesions; their logarithms are spread evenly."""
 
 _NUMBERS = (0.2, 0.6, 0.13, 0.07)  # shares of heads with 0, 1, 2 and 3 lesions
-_EXTENT = (176.0, 214.0, 190.0)  # mm along x, y, z that an image covers
-_SIDES = (64, 128)
 _APART = 10.0  # mm between two lesions, so that they never touch
 
 AIR, BONE, FLUID, GREY, WHITE, MUSCLE, FAT, BLOOD = 0.01, 0.08, 0.15, 0.45, 0.66, 0.42, 0.95, 1.05
 
 
 def phantom_cases(count: int = COUNT) -> list[VolumeCase]:
-    """The cases of the word phantom, `head_000` and on; each is a patient of its own."""
+    """The cases of the word phantom, `head_0000` and on; each is a patient of its own."""
     names = [head_name(index) for index in range(count)]
     return [VolumeCase(name, (), None, name, PHANTOM) for name in names]
 
 
+@lru_cache(maxsize=8)
 def read_phantom(name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    """Draw the case `name` of the word phantom; see `phantom_head`."""
-    return phantom_head(int(name.rpartition("_")[2]), PHANTOM_SEED)
+    """Draw the case `name` of the word phantom, as `phantom_head`; the arrays cannot be written to.
+
+    The last few are kept: a case's image, labels and grid are asked for one after the other.
+    """
+    image, labels, geometry = phantom_head(int(name.rpartition("_")[2]), PHANTOM_SEED)
+    image.setflags(write=False)
+    labels.setflags(write=False)
+    return image, labels, geometry
 
 
 def head_name(index: int) -> str:
     """The name of head `index`."""
-    return f"head_{index:03d}"
+    return f"head_{index:04d}"
 
 
 def phantom_head(index: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
@@ -74,7 +74,7 @@ def phantom_head(index: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np
     """
     rng = np.random.default_rng((seed, index))
     wanted = _lesions(rng)
-    scan = _scan(rng)
+    scan = draw_scan(rng)
     return *_draw(rng, scan, wanted), scan.geometry
 
 
@@ -86,16 +86,20 @@ def lesion_volumes(index: int, seed: int) -> tuple[float, ...]:
 def write_heads(folder: Path | str, count: int, seed: int) -> None:
     """Write heads as a raw data set of nnU-Net (version 2), ready to be a `root`."""
     folder = Path(folder)
-    for index in range(count):
-        image, labels, geometry = phantom_head(index, seed)
-        name = head_name(index)
-        write(folder / "imagesTr" / f"{name}_0000.nii.gz", image[0], geometry, kind="image")
-        write(folder / "labelsTr" / f"{name}.nii.gz", labels, geometry, kind="labels")
-    content = (
-        '{"channel_names": {"0": "T1c"}, "labels": {"background": 0, "meningioma": 1}, '
-        f'"numTraining": {count}, "file_ending": ".nii.gz"}}\n'
-    )
-    write_text_atomic(folder / "dataset.json", content)
+    with Bar("drawing", count) as bar:
+        for index in range(count):
+            image, labels, geometry = phantom_head(index, seed)
+            name = head_name(index)
+            write(folder / "imagesTr" / f"{name}_0000.nii.gz", image[0], geometry, kind="image")
+            write(folder / "labelsTr" / f"{name}.nii.gz", labels, geometry, kind="labels")
+            bar.advance()
+    content = {
+        "channel_names": {"0": "T1c"},
+        "labels": {"background": 0, "meningioma": 1},
+        "numTraining": count,
+        "file_ending": ".nii.gz",
+    }
+    write_text_atomic(folder / "dataset.json", json.dumps(content, indent=2) + "\n")
 
 
 def _lesions(rng: np.random.Generator) -> tuple[float, ...]:
@@ -104,167 +108,8 @@ def _lesions(rng: np.random.Generator) -> tuple[float, ...]:
     return tuple(math.exp(rng.uniform(low, high)) for _ in range(number))
 
 
-@dataclass(frozen=True, eq=False)
-class _Scan:
-    """How a head lies in its image: its grid, and the matrix (3, 4) from voxel indices to mm of the head."""
-
-    geometry: Geometry
-    to_head: NDArray[np.float64]
-
-
-def _scan(rng: np.random.Generator) -> _Scan:
-    draw = rng.uniform
-    fine, thick = draw(1.75, 2.2), draw(2.3, 2.7)
-    zooms = [fine, fine, fine]
-    if draw() < 0.7:  # thick slices along one axis
-        zooms[int(rng.integers(3))] = thick
-    order = rng.permutation(3)
-    signs = np.where(rng.random(3) < 0.5, -1.0, 1.0)
-    axes = np.zeros((3, 3))
-    for axis, world in enumerate(order):
-        axes[world, axis] = signs[axis] * zooms[world]
-    sizes = [round(_EXTENT[world] / zooms[world]) for world in order]
-    i, j, k = (min(max(size, _SIDES[0]), _SIDES[1]) for size in sizes)
-    # The slices follow the head not quite, and the head lies tilted in the scanner.
-    linear = _rotation(*(math.radians(draw(-6, 6)) for _ in range(3))) @ axes
-    middle = np.array([draw(-4, 4), draw(-4, 4), draw(-18, -12)])
-    half = (np.array([i, j, k]) - 1) / 2
-    to_head = np.column_stack([linear, middle - linear @ half])
-    tilt = 0.0 if draw() < 0.25 else 20.0
-    place = np.column_stack(
-        [_rotation(*(math.radians(draw(-tilt, tilt)) for _ in range(3))), [draw(-30, 30) for _ in range(3)]]
-    )
-    affine = np.eye(4)
-    affine[:3] = place @ np.vstack([to_head, [0, 0, 0, 1]])
-    # As a file keeps it.
-    return _Scan(Geometry((i, j, k), affine.astype(np.float32).astype(np.float64)), to_head)
-
-
-def _rotation(a: float, b: float, c: float) -> NDArray[np.float64]:
-    """Rotation about x by `a`, then y by `b`, then z by `c`."""
-    x = np.array([[1, 0, 0], [0, math.cos(a), -math.sin(a)], [0, math.sin(a), math.cos(a)]])
-    y = np.array([[math.cos(b), 0, math.sin(b)], [0, 1, 0], [-math.sin(b), 0, math.cos(b)]])
-    z = np.array([[math.cos(c), -math.sin(c), 0], [math.sin(c), math.cos(c), 0], [0, 0, 1]])
-    return np.asarray(z @ y @ x)
-
-
-class _Space:
-    """Coordinates of the voxels in mm of an average head, and smooth random fields on them."""
-
-    def __init__(self, rng: np.random.Generator, scan: _Scan) -> None:
-        self.rng, self.shape = rng, scan.geometry.shape
-        self.zooms = scan.geometry.zooms
-        self.edge = float(np.mean(self.zooms))  # over so many mm one tissue gives way to another
-        scale = rng.uniform(0.93, 1.05)
-        stretch = [scale * rng.uniform(0.97, 1.03) for _ in range(3)]
-        square = np.vstack([np.diag(1 / np.array(stretch)) @ scan.to_head, [0, 0, 0, 1]])
-        self._to_index = np.linalg.inv(square)[:3]
-        indices = np.ogrid[tuple(slice(n) for n in self.shape)]
-        fields = []
-        for row, by in zip(scan.to_head, stretch, strict=True):
-            parts = [np.asarray(row[axis] / by * indices[axis], np.float32) for axis in range(3)]
-            fields.append(parts[0] + parts[1] + (parts[2] + np.float32(row[3] / by)))
-        for field in fields:  # nobody is an ellipsoid
-            field += 1.6 * self.noise(45)
-        self.x, self.y, self.z = fields
-
-    def noise(self, grain: float) -> Field:
-        """A smooth field of mean 0 and a variance near 1, with grains of some `grain` mm."""
-        counts = [math.ceil(n * zoom / grain) + 3 for n, zoom in zip(self.shape, self.zooms, strict=True)]
-        field = self.rng.standard_normal(counts, np.float32)
-        for axis in (2, 1, 0):  # the first axis last: its slices are contiguous
-            at = np.arange(self.shape[axis], dtype=np.float32) * np.float32(self.zooms[axis] / grain)
-            start = at.astype(np.int64)  # floor, all are positive
-            t = at - start
-            taps = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)  # cubic B-spline
-            wide = [1, 1, 1]
-            wide[axis] = -1
-            total = np.take(field, start, axis)
-            total *= taps[0].reshape(wide)
-            part = np.empty_like(total)
-            for tap in (1, 2, 3):
-                np.take(field, start + tap, axis, part, mode="clip")  # the other modes buffer
-                part *= taps[tap].reshape(wide)
-                total += part
-            field = total
-        field *= np.float32(2.0 / 216.0)
-        return field
-
-    def ball(self, centre: Point, radii: Point) -> Field:
-        """How deep in mm, about, a voxel lies within an ellipsoid; below 0 outside."""
-        return _ball((self.x, self.y, self.z), centre, radii)
-
-    def paint(self, image: Field, value: float, centre: Point, radii: Point, turn: float | None = None) -> None:
-        """Blend `value` into an ellipsoid; only the voxels about it are looked at.
-
-        Args:
-            image: Changed in place.
-            value: Of the tissue.
-            centre: Of the ellipsoid.
-            radii: Of the ellipsoid.
-            turn: A number: draw it on both sides, as far apart as `turn` times the distance behind the middle says.
-        """
-        x, y, z = centre
-        wide, deep, tall = radii
-        if turn is not None:
-            x, wide = 0.0, wide + abs(x) + 20 * turn
-        box = self.box((x, y, z), (wide, deep, tall))
-        across, along = self.x[box], self.y[box]
-        if turn is not None:
-            across = np.abs(across) - np.float32(turn) * np.maximum(-along, 0)
-        _blend(image[box], value, self.soft(_ball((across, along, self.z[box]), centre, radii)))
-
-    def box(self, centre: Point, radii: Point) -> Box:
-        """The voxels about an ellipsoid, with 9 mm to spare for what makes heads uneven."""
-        middle = self._to_index @ np.array([*centre, 1.0])
-        half = np.sqrt(((self._to_index[:, :3] * (np.array(radii) + 9)) ** 2).sum(axis=1))
-        low, high = np.floor(middle - half).astype(int), np.ceil(middle + half).astype(int) + 1
-        i, j, k = (slice(max(a, 0), max(b, 0)) for a, b in zip(low.tolist(), high.tolist(), strict=True))
-        return i, j, k
-
-    def crop(self, box: Box) -> "_Space":
-        """The same coordinates on the voxels of `box` alone."""
-        part = copy(self)
-        part.x, part.y, part.z = self.x[box], self.y[box], self.z[box]
-        i, j, k = part.x.shape
-        part.shape = (i, j, k)
-        part._to_index = self._to_index.copy()
-        part._to_index[:, 3] -= [one.start for one in box]
-        return part
-
-    def soft(self, depth: Field) -> Field:
-        """Share of a voxel that lies inside a surface, from its depth in mm."""
-        share = np.asarray(depth, np.float32) * np.float32(1 / self.edge)
-        share += np.float32(0.5)
-        return np.clip(share, 0, 1, out=share)
-
-
-def _ball(place: tuple[Field, Field, Field], centre: Point, radii: Point) -> Field:
-    total: Field | None = None
-    for field, middle, radius in zip(place, centre, radii, strict=True):
-        part = field - np.float32(middle)
-        part *= np.float32(1 / radius)
-        part *= part
-        total = part if total is None else np.add(total, part, out=total)
-    assert total is not None
-    np.sqrt(total, out=total)
-    total -= 1
-    total *= np.float32(-min(radii))
-    return total
-
-
-def _blend(image: Field, value: float | Field, share: Field) -> None:
-    image += share * (value - image)
-
-
-def _step(values: Field, start: float, width: float) -> Field:
-    """0 up to `start`, 1 from `start` + `width` on, smooth between."""
-    t = np.clip((values - np.float32(start)) * np.float32(1 / width), 0, 1)
-    return np.asarray(t * t * (3 - 2 * t), np.float32)
-
-
-def _draw(rng: np.random.Generator, scan: _Scan, wanted: tuple[float, ...]) -> tuple[Field, NDArray[np.uint8]]:
-    space = _Space(rng, scan)
+def _draw(rng: np.random.Generator, scan: Scan, wanted: tuple[float, ...]) -> tuple[Field, NDArray[np.uint8]]:
+    space = Space(rng, scan)
     inside, radial = _cavity(space)
     image = _outer_head(space, inside, radial)
     labels = np.zeros(space.shape, np.uint8)
@@ -284,7 +129,7 @@ def _draw(rng: np.random.Generator, scan: _Scan, wanted: tuple[float, ...]) -> t
     return np.rint(magnitude * np.float32(gain))[None], labels
 
 
-def _cavity(space: _Space) -> tuple[Field, Field]:
+def _cavity(space: Space) -> tuple[Field, Field]:
     """How deep a voxel lies inside the skull: above its base, and by the vault alone."""
     x, y, z = space.x, space.y, space.z
     r = x * x + y * y + z * z
@@ -292,12 +137,12 @@ def _cavity(space: _Space) -> tuple[Field, Field]:
     radius = np.sqrt((r + 1) / (p + np.float32(1 / 4900)))
     vault = radius * (1 - np.sqrt(p))
     side = np.abs(x)
-    ahead = _step(y, -24, 16)
-    base = -63 + 20 * ahead + 17 * _step(y, 26, 14) + 17 * ahead * (1 - _step(side, 12, 10)) * (1 - _step(y, 26, 14))
+    ahead = step(y, -24, 16)
+    base = -63 + 20 * ahead + 17 * step(y, 26, 14) + 17 * ahead * (1 - step(side, 12, 10)) * (1 - step(y, 26, 14))
     return np.minimum(vault, z - base), vault
 
 
-def _outer_head(space: _Space, inside: Field, vault: Field) -> Field:
+def _outer_head(space: Space, inside: Field, vault: Field) -> Field:
     """Scalp, skull, face and neck; the cavity is still empty."""
     below = np.minimum(-30 - space.z, 0) * 0.6
     face = space.ball((0, 42, -58), (56, 54, 66))
@@ -307,10 +152,10 @@ def _outer_head(space: _Space, inside: Field, vault: Field) -> Field:
     cranium = np.minimum(cranium, space.z + 58)
     head = np.maximum(np.maximum(cranium, face), np.maximum(neck, nose))
     image = np.full(space.shape, AIR, np.float32)
-    _blend(image, 0.62, space.soft(head))  # skin
-    _blend(image, FAT, space.soft(head - 2.2))
+    blend(image, 0.62, space.soft(head))  # skin
+    blend(image, FAT, space.soft(head - 2.2))
     grain = space.noise(9)
-    _blend(image, MUSCLE + 0.12 * np.maximum(grain, 0), space.soft(head - 8 - 2 * grain) * space.soft(-40 - space.z))
+    blend(image, MUSCLE + 0.12 * np.maximum(grain, 0), space.soft(head - 8 - 2 * grain) * space.soft(-40 - space.z))
     for centre, radii, value in (
         ((33, 68, -34), (18, 24, 17), FAT),  # orbit
         ((33, 74, -34), (12.5, 12.5, 12.5), FLUID),  # eye
@@ -326,17 +171,17 @@ def _outer_head(space: _Space, inside: Field, vault: Field) -> Field:
     shell = 7 + space.noise(40)
     bone = np.minimum(-inside, inside + shell)
     bone = np.minimum(bone, np.where(vault < -shell, np.minimum(head - 9, 3), 9))
-    _blend(image, BONE, space.soft(bone))
+    blend(image, BONE, space.soft(bone))
     marrow = np.minimum(bone - 2.2, 1.5)
-    _blend(image, 0.42, space.soft(marrow) * 0.8)
+    blend(image, 0.42, space.soft(marrow) * 0.8)
     return image
 
 
-def _brain(space: _Space, image: Field, inside: Field) -> Field:
+def _brain(space: Space, image: Field, inside: Field) -> Field:
     """Draw what is inside the skull; the depth in mm within the falx is returned."""
     x, y, z = space.x, space.y, space.z
     side = np.abs(x)
-    _blend(image, FLUID, space.soft(inside))
+    blend(image, FLUID, space.soft(inside))
 
     # Depth below the surface of the cortex: below the skull, off the fissure, and off the nearest sulcus.
     callosum = np.maximum(1 - np.sqrt((y / 56) ** 2 + ((z + 4) / 36) ** 2), 0) * 60
@@ -347,17 +192,17 @@ def _brain(space: _Space, image: Field, inside: Field) -> Field:
     sylvian += np.maximum(inside - 24, 0) * 0.8 + np.maximum(np.abs(y - 4) - 32, 0) * 0.5
     cortex = np.minimum(np.minimum(sulcus, other) - 0.9, np.minimum(inside - 2.2, np.minimum(fissure, sylvian)))
 
-    tent = -14 - 0.25 * y - 10 * _step(side, 0, 60)  # above it the cerebrum
+    tent = -14 - 0.25 * y - 10 * step(side, 0, 60)  # above it the cerebrum
     behind = space.ball((0, -46, -38), (50, 34, 27))
     behind = np.minimum(np.minimum(behind, inside - 1.5), tent - 26 - z + 14)
     cortex = np.where(y < -4, np.minimum(cortex, z - tent + 12 + np.maximum(y + 16, 0) * 3), cortex)
-    _blend(image, GREY, space.soft(cortex))
-    _blend(image, WHITE, space.soft(cortex - space.rng.uniform(2.4, 3.0)))
+    blend(image, GREY, space.soft(cortex))
+    blend(image, WHITE, space.soft(cortex - space.rng.uniform(2.4, 3.0)))
 
     for middle, size in (((11, -8, 3), (9, 14, 9)), ((27, 8, 2), (6, 19, 11)), ((14, 24, 9), (5, 10, 8))):
         space.paint(image, 0.55, middle, size, turn=0)  # the grey matter within
     folia = np.abs(space.noise(5))
-    _blend(image, GREY - 0.2 * np.maximum(0.45 - folia, 0), space.soft(behind))
+    blend(image, GREY - 0.2 * np.maximum(0.45 - folia, 0), space.soft(behind))
     space.paint(image, WHITE - 0.04, (17, -44, -38), (17, 13, 9), turn=0)
     space.paint(image, WHITE - 0.02, (0, -20, -36), (16, 13, 22))
     space.paint(image, WHITE - 0.02, (0, -28, -70), (9, 9, 60))
@@ -376,20 +221,20 @@ def _brain(space: _Space, image: Field, inside: Field) -> Field:
     # What takes up contrast: dura, falx, sinuses, and vessels in the sulci.
     falx = np.minimum(0.9 - side, -0.5 - callosum + np.minimum(z + 18, 3))
     falx = np.minimum(falx, inside)
-    _blend(image, 0.6, space.soft(falx) * 0.7)
-    _blend(image, 0.62, space.soft(0.8 - np.abs(inside - 0.4)) * 0.8)
+    blend(image, 0.6, space.soft(falx) * 0.7)
+    blend(image, 0.62, space.soft(0.8 - np.abs(inside - 0.4)) * 0.8)
     vessel = np.minimum(1.2 - np.abs(space.noise(12)) * 6, 1.2 - np.abs(space.noise(16)) * 8)
-    _blend(image, 0.9, space.soft(np.minimum(vessel, inside)) * space.soft(1.5 - cortex) * 0.6)
+    blend(image, 0.9, space.soft(np.minimum(vessel, inside)) * space.soft(1.5 - cortex) * 0.6)
     upper = np.minimum(4.2 - np.sqrt(side**2 + (inside - 3) ** 2), np.maximum(z, -y - 40))
     across = np.minimum(4 - np.sqrt((z - tent + 6) ** 2 + (inside - 2.5) ** 2), -y - 25)
-    _blend(image, BLOOD, space.soft(np.maximum(upper, across)))
+    blend(image, BLOOD, space.soft(np.maximum(upper, across)))
     space.paint(image, BLOOD, (13, 8, -28), (2.6, 2.6, 9), turn=0)  # carotid arteries
     space.paint(image, BLOOD, (0, -4, -34), (2.4, 2.4, 12))
     return np.asarray(falx)
 
 
 def _lesion(
-    space: _Space,
+    space: Space,
     image: Field,
     labels: NDArray[np.uint8],
     inside: Field,
@@ -416,8 +261,6 @@ def _lesion(
         x, y, z = (value + 0.4 * radius * by for value, by in zip(spot, inwards, strict=True))
         if all(math.dist((x, y, z), other) > 1.3 * (radius + size) + _APART for other, size in done):
             break
-    else:
-        return
     done.append(((x, y, z), radius))
     uneven = 1 + rng.uniform(0.05, 0.16) * space.noise(max(1.6 * radius, 6.0))
     reach = uneven * np.sqrt((space.x - x) ** 2 + (space.y - y) ** 2 + (space.z - z) ** 2)
@@ -429,14 +272,14 @@ def _lesion(
     labels.flat[order[:number]] = 1
 
     if rng.random() < 0.5:  # swollen white matter around it, darker
-        halo = _step(-reach, -limit - rng.uniform(6, 16), 6) * _step(image, 0.5 * (GREY + WHITE), 0.1)
-        _blend(image, 0.44, halo * 0.8)
+        halo = step(-reach, -limit - rng.uniform(6, 16), 6) * step(image, 0.5 * (GREY + WHITE), 0.1)
+        blend(image, 0.44, halo * 0.8)
     share = space.soft(limit - within)
-    tail = space.soft(1.5 - np.abs(inside - 1)) * _step(-reach, -1.5 * limit - 4, 5)
+    tail = space.soft(1.5 - np.abs(inside - 1)) * step(-reach, -1.5 * limit - 4, 5)
     bright = rng.uniform(0.92, 1.3)
-    _blend(image, bright, tail * 0.6)
-    _blend(image, FLUID, space.soft(1.2 - np.abs(within - limit - 1.2)) * space.soft(inside - 3) * 0.6)  # a cleft
+    blend(image, bright, tail * 0.6)
+    blend(image, FLUID, space.soft(1.2 - np.abs(within - limit - 1.2)) * space.soft(inside - 3) * 0.6)  # a cleft
     value = bright + rng.uniform(0.03, 0.1) * space.noise(7)
     if ml > 8 and rng.random() < 0.3:  # a core that takes up little
-        value -= 0.45 * _step(-reach, -0.5 * limit, 0.3 * limit)
-    _blend(image, value, share)
+        value -= 0.45 * step(-reach, -0.5 * limit, 0.3 * limit)
+    blend(image, value, share)
