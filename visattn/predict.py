@@ -28,10 +28,11 @@ from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
 from visattn.inference import TTA, TestTimeAugmentation
 from visattn.labels import Labels
+from visattn.members import find_device, parse_checkpoint, read_members
 from visattn.overlay import draw_overlay, encode_png, foreground_masks
 from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases, shown
 from visattn.predict_record import MANIFEST, TABLE, Entry, Record, file_hash
-from visattn.predictor import Predictor, find_device, parse_checkpoint, read_members
+from visattn.predictor import Predictor
 from visattn.progress import Bar
 from visattn.versions import library_versions
 

@@ -1,6 +1,5 @@
 """A trained network as a Python object: `visattn.load("best.ckpt").predict(image)`."""
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from visattn.checkpoint import Checkpoint, build_network, read_checkpoint
+from visattn.checkpoint import Checkpoint
 from visattn.data.images import Preprocessing, prepare, read_image
-from visattn.errors import UserError, unknown
-from visattn.folds_file import has_folds, read_folds
+from visattn.data.volume_preprocessing import VolumePreprocessing
+from visattn.errors import UserError
 from visattn.inference import TestTimeAugmentation, iter_probabilities
-from visattn.labels import Labels
-
-DEVICES = ("auto", "cpu", "cuda", "mps")
+from visattn.members import check_members, find_device, parse_checkpoint, place_networks, rank_of, read_members
+from visattn.volume_predictor import VolumePredictor
 
 ImageLike = Path | str | Image.Image | NDArray[np.uint8]
 
@@ -46,14 +44,13 @@ class Predictor:
     def __init__(self, checkpoints: Checkpoint | Sequence[Checkpoint], device: str = "auto") -> None:
         self.device = find_device(device)
         self.checkpoints = (checkpoints,) if isinstance(checkpoints, Checkpoint) else tuple(checkpoints)
-        _check_members(self.checkpoints)
-        self.labels, self.preprocessing, self.threshold = parse_checkpoint(self.checkpoints[0])
+        check_members(self.checkpoints)
+        self.labels, preprocessing, self.threshold = parse_checkpoint(self.checkpoints[0])
+        if isinstance(preprocessing, VolumePreprocessing):
+            raise UserError(f"{self.checkpoints[0].path}: its network takes volumes; visattn.load gives its predictor")
+        self.preprocessing: Preprocessing = preprocessing
         self.recipe = self.checkpoints[0].recipe
-        networks = [build_network(checkpoint) for checkpoint in self.checkpoints]
-        try:
-            self.networks: tuple[nn.Module, ...] = tuple(network.to(self.device) for network in networks)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}\nTry --device cpu.") from error
+        self.networks = place_networks(self.checkpoints, self.device)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -123,8 +120,8 @@ class Predictor:
         return f"Predictor({name}, labels={list(self.labels.names)}, size={self.preprocessing.size}, {self.device})"
 
 
-def load(checkpoint: Path | str, device: str = "auto") -> Predictor:
-    """Load a trained network.
+def load(checkpoint: Path | str, device: str = "auto") -> "Predictor | VolumePredictor":
+    """Load a trained network: a `Predictor` if it was trained on images, a `VolumePredictor` if on volumes.
 
     Args:
         checkpoint: A `.ckpt` of a run, a run folder (its best checkpoint), a `.safetensors` from
@@ -134,93 +131,5 @@ def load(checkpoint: Path | str, device: str = "auto") -> Predictor:
     Raises:
         UserError: The checkpoint is damaged or does not fit this version, or the device is not there.
     """
-    return Predictor(read_members(checkpoint), device)
-
-
-def read_members(checkpoint: Path | str) -> tuple[Checkpoint, ...]:
-    """The checkpoints that predict together: the best of every fold of a run with folds, else the one there is.
-
-    Raises:
-        UserError: One is missing or damaged, or they do not belong together.
-    """
-    path = Path(checkpoint)
-    if not has_folds(path):
-        return (read_checkpoint(path),)
-    members = tuple(read_checkpoint(file) for file in read_folds(path).checkpoints())
-    _check_members(members)
-    return members
-
-
-def _check_members(members: Sequence[Checkpoint]) -> None:
-    """Refuse networks whose probabilities mean different things."""
-    first = members[0]
-    for other in members[1:]:
-        for key in ("task", "labels", "preprocessing", "network", "postprocessing"):
-            if getattr(other, key) != getattr(first, key):
-                raise UserError(
-                    f"{other.path}: its {key} differ{'s' if key in ('task', 'network') else ''} from those of "
-                    f"{first.path}: {_difference(getattr(other, key), getattr(first, key))}.\n"
-                    "Folds predict together only if they were trained with one recipe. Give one fold's run folder."
-                )
-
-
-def _difference(value: Any, other: Any) -> str:
-    """Two values that differ, as short as they can be told."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        key = next(key for key in sorted({*value, *other}) if value.get(key) != other.get(key))
-        return f"{key}: {_difference(value.get(key), other.get(key))}"
-    return f"{value!s:.60} and {other!s:.60}"
-
-
-def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing, float]:
-    """Labels, preprocessing and threshold of a checkpoint.
-
-    Raises:
-        UserError: One of them makes no sense.
-    """
-    try:
-        labels = Labels.from_config(**checkpoint.labels)
-        preprocessing = Preprocessing.from_config(checkpoint.preprocessing)
-        threshold = float(checkpoint.postprocessing["threshold"])
-        height, width = preprocessing.size
-        widths = {len(preprocessing.mean), len(preprocessing.std), preprocessing.channels}
-        if min(height, width) < 1 or max(height, width) > 1 << 14 or widths not in ({1}, {3}):
-            raise ValueError(f"preprocessing: size {preprocessing.size} for {preprocessing.channels} channels")
-        if not all(math.isfinite(x) for x in (*preprocessing.mean, *preprocessing.std, threshold)):
-            raise ValueError("preprocessing: a number is not finite")
-        if min(preprocessing.std) <= 0:
-            raise ValueError("preprocessing: std must be above 0")
-        expectations = {
-            "classes": labels.channels,
-            "in_channels": preprocessing.channels,
-            "activation": labels.activation,
-        }
-        for key, expected in expectations.items():
-            if checkpoint.network.get(key, expected) != expected:
-                raise ValueError(f"network.{key} is {checkpoint.network[key]}, not {expected}")
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        raise UserError(
-            f"{checkpoint.path}: damaged checkpoint: its labels or preprocessing make no sense ({error}).\n"
-            "Use another checkpoint of the same run."
-        ) from error
-    if checkpoint.task != "segmentation":
-        raise UserError(f"{checkpoint.path}: its task is '{checkpoint.task}'; masks need a segmentation network.")
-    return labels, preprocessing, threshold
-
-
-def find_device(name: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda`, `cuda:1` or `mps`.
-
-    Raises:
-        UserError: It is unknown, or not on this machine.
-    """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    kind, _, index = name.partition(":")
-    if kind not in there:
-        raise unknown("device", name, DEVICES)
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if not there[kind] or (index and not (index.isdecimal() and int(index) < count)):
-        raise UserError(f"--device {name}: not on this machine.\nUse --device auto, or cpu.")
-    return torch.device(name)
+    members = read_members(checkpoint)
+    return VolumePredictor(members, device) if rank_of(members[0]) == 3 else Predictor(members, device)
