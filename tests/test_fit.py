@@ -67,8 +67,17 @@ def test_run_folder_is_complete(run):
 def test_saved_config_starts_the_same_run_again(run, tmp_path):
     saved = yaml.safe_load((run / "config.yaml").read_text())
     assert saved["model"]["init_args"]["optimizer"]["lr"] == 5e-4
-    again = resolve([str(run / "config.yaml")], [])[1]
+    name, again = resolve([str(run / "config.yaml")], [])
+    assert name == "polyp_pranet"  # not "config"
     assert fit.parse(again).resolved == saved
+
+
+@pytest.mark.parametrize("text", ['{"recipe": "../../outside"}', '{"recipe": ".."}', '{"recipe": 3}', "[]", "{"])
+def test_a_run_that_names_no_recipe_is_refused(text, tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {class_path: SegmentationTask}\n")
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match=r"run.json: not written by visattn fit"):
+        resolve([str(tmp_path / "config.yaml")], [])
 
 
 def test_checkpoint_carries_what_predict_needs(run, polyps):

@@ -3,7 +3,6 @@
 `visattn.recipe_cli` validates the recipe and builds task, data module and Trainer; here they are put to work.
 """
 
-import json
 import os
 import sys
 import time
@@ -27,7 +26,7 @@ from visattn.files import remove_leftovers, write_text_atomic
 from visattn.labels import Labels
 from visattn.recipe_cli import RecipeCLI, parse
 from visattn.results import earlier_masks, start_scoring, write_results
-from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, start_run
+from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, recipe_of, start_run, write_run
 from visattn.signals import Stopped, StopRequest
 from visattn.space import held, refuse_too_small, refuse_unwritable
 from visattn.survival import Averaging, EpochMeans, StopOnSignal
@@ -131,6 +130,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
             earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
             for folder in (run, run / "checkpoints"):
                 remove_leftovers(folder)
+            write_run(run, name)
             write_text_atomic(run / "config.yaml", yaml.safe_dump(task.recipe, sort_keys=False))
             data.write_splits(run / "splits.json")
         return _train(cli, task, data, run, checkpoint, request)
@@ -247,8 +247,8 @@ def evaluate(
         raise UserError(f"{stage}: the recipe names no {split} cases; set {key}")
     task.configure_model()
     _check_weights(task, checkpoint)
-    if own is not None and (own / "summary.json").is_file():  # the recipe given here may be the run's config.yaml
-        task.recipe_name = json.loads((own / "summary.json").read_text())["recipe"]
+    if own is not None:
+        task.recipe_name = recipe_of(own) or name
     output = (own if own is not None else new_run(root, name)) / stage
     start_scoring(output, task)
     trainer = cli.build_trainer(

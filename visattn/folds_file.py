@@ -86,7 +86,7 @@ def read_folds(folder: Path) -> Folds:
     if content.get("format") != FORMAT or not texts or not isinstance(count, int) or not 2 <= count <= MOST:
         raise UserError(f"{path}: not written by visattn fit --folds.\nName a run folder that was.")
     name, fingerprint = str(name), str(fingerprint)
-    if Path(name).name != name or name in {"", ".."}:  # it becomes a part of paths
+    if not is_recipe_name(name):
         raise UserError(f"{path}: '{name:.60}' is no name of a recipe.\nName a run folder of visattn fit --folds.")
     folds = Folds(folder, count, name, fingerprint)
     if content.get("runs") != folds.names:
@@ -105,6 +105,11 @@ def write_folds(folds: Folds, splits: Sequence[Mapping[str, Sequence[str]]]) -> 
         "runs": folds.names,
     }
     write_text_atomic(folds.folder / FOLDS, json.dumps(content, indent=1) + "\n")
+
+
+def is_recipe_name(name: object) -> bool:
+    """Whether `name`, which comes from a file, may become a part of paths."""
+    return isinstance(name, str) and Path(name).name == name and name not in {"", ".."} and "\0" not in name
 
 
 def shorten(names: Sequence[str], most: int = 8) -> str:

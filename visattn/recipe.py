@@ -15,6 +15,7 @@ import yaml
 from visattn.data import DATA
 from visattn.errors import UserError, did_you_mean, unknown
 from visattn.folds_file import CONFIG, has_folds, read_folds
+from visattn.runs import recipe_of
 
 TASKS = {"SegmentationTask": "visattn.task.SegmentationTask"}
 CALLBACKS = {
@@ -290,11 +291,13 @@ def resolve(configs: Sequence[str], arguments: Sequence[str]) -> tuple[str, dict
 
 
 def _recipe_name(path: Path) -> str:
-    """The recipe's name: that of its file, or, for the `config.yaml` of a run with folds, of the recipe that it was."""
+    """The recipe's name: that of its file, or, for the `config.yaml` of a run, of the recipe that it was."""
+    if path.name != CONFIG:
+        return path.stem
     for folder in (path.parent, path.parent.parent):
-        if path.name == CONFIG and has_folds(folder):
+        if has_folds(folder):
             return read_folds(folder).recipe
-    return path.stem
+    return recipe_of(path.parent) or path.stem
 
 
 def describe_recipes() -> list[dict[str, Any]]:

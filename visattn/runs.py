@@ -1,13 +1,20 @@
-"""Run folders: `ROOT/<recipe>/<time>/`, one for each training, found again by recipe name."""
+"""Run folders: `ROOT/<recipe>/<time>/`, one for each training, found again by recipe name.
 
+`run.json` in a run folder holds that name, which no path need tell (`--run DIR`), for whoever goes on from the folder's
+own `config.yaml`.
+"""
+
+import json
 import os
 import time
 from pathlib import Path
 
 from visattn.errors import UserError
-from visattn.folds_file import has_folds, read_folds
+from visattn.files import write_text_atomic
+from visattn.folds_file import has_folds, is_recipe_name, read_folds
 
 ROOT = Path("runs")
+RUN = "run.json"
 LAST = Path("checkpoints/last.ckpt")
 _RUN = "VISATTN_RUN"  # environment variable by which one process of a run tells the others its folder
 
@@ -64,6 +71,29 @@ def start_run(root: Path, recipe: str, run: Path | None) -> Path:
     folder = named_run(run) if run is not None else new_run(root, recipe)
     os.environ[_RUN] = str(folder.resolve())
     return folder
+
+
+def write_run(folder: Path, recipe: str) -> None:
+    """Record in `folder` that it is a run of `recipe`."""
+    write_text_atomic(folder / RUN, json.dumps({"recipe": recipe}) + "\n")
+
+
+def recipe_of(folder: Path) -> str | None:
+    """The name of the recipe that `folder` is a run of; None where nothing says so.
+
+    Raises:
+        UserError: `run.json` is damaged.
+    """
+    path = folder / RUN
+    if not path.is_file():
+        return None
+    try:
+        name = json.loads(path.read_bytes())["recipe"]
+        if not is_recipe_name(name):
+            raise ValueError(f"{name!r:.60} is no name of a recipe")
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise UserError(f"{path}: not written by visattn fit: {error}.\nRemove it, or name another folder.") from error
+    return str(name)
 
 
 def newest_run(root: Path, recipe: str) -> Path:
