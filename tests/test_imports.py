@@ -56,6 +56,7 @@ DOORS = {
     "jsonargparse": {"recipe_cli.py", "cli.py"},
     "timm": {"backbones/*", "networks/*", "weights.py"},
     "nibabel": {"data/_nifti_header.py"},
+    "pydicom": {"data/dicom.py"},
     "natten": {"attention/_backend.py"},
     "flash_attn": {"attention/_backend.py"},
     "xformers": {"attention/_backend.py"},

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data import nifti
-from visattn.data.cases import PHANTOM, PHANTOM_SEED
+from visattn.data.cases import PHANTOM
 from visattn.data.geometry import Geometry
 from visattn.data.regrid import coverage, regrid, turned
 from visattn.errors import UserError
@@ -147,8 +147,16 @@ def image_geometry(case: VolumeCase, budget: int = nifti.BUDGET) -> Geometry:
     """The geometry of a case's first channel, from its header alone."""
     if case.root == PHANTOM and not case.images:
         return _phantom(case)[2]
-    path = case.images[0]
-    return _read_one(path, budget)[1] if path.is_dir() else nifti.read_header(path, case.channel_axis, budget).geometry
+    return check_header(case.images[0], case.channel_axis, budget)
+
+
+def check_header(path: Path, channel_axis: int | None = None, budget: int = nifti.BUDGET) -> Geometry:
+    """The geometry of a NIfTI file or a folder of DICOM files, from headers alone."""
+    if path.is_dir():
+        from visattn.data.dicom import dicom_geometry
+
+        return dicom_geometry(path, budget)
+    return nifti.read_header(path, channel_axis, budget).geometry
 
 
 def _read_channels(case: VolumeCase, budget: int, notes: list[str]) -> tuple[NDArray[np.float32], Geometry]:
@@ -229,7 +237,6 @@ def phantom_cases() -> list[VolumeCase]:
 
 
 def _phantom(case: VolumeCase) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    """Draw a head; its name ends in its number."""
-    from visattn.data.phantom_head import phantom_head
+    from visattn.data.phantom_head import read_phantom  # drawn by name
 
-    return phantom_head(int(case.name.rpartition("_")[2]), PHANTOM_SEED)
+    return read_phantom(case.name)

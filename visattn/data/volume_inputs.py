@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from visattn.data import nifti
-from visattn.data.volume_case import Problem, VolumeCase
+from visattn.data.volume_case import Problem, VolumeCase, check_header
 from visattn.data.volume_names import is_dicom, is_volume_name, listed, split_suffix, stem_of
 from visattn.data.volume_pairs import CHANNEL_AXIS, channels_of
 from visattn.errors import UserError, nearest
@@ -247,8 +247,7 @@ def _checked(case: VolumeCase, count: int, budget: int) -> VolumeCase:
         raise UserError(f"{case.images[0]}: is one channel, but the network takes {count}.\nList them in --cases.")
     with nifti.collect_warnings():  # they are told when the case is read
         for path in case.images:
-            if not path.is_dir():
-                nifti.read_header(path, case.channel_axis, budget)
+            check_header(path, case.channel_axis, budget)
     return case
 
 
