@@ -20,14 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data._phantom_space import Field, Point, Scan, Space, blend, draw_scan, step
+from visattn.data.cases import PHANTOM_SEED
 from visattn.data.geometry import Geometry
 from visattn.data.nifti import write
-from visattn.data.volume_case import PHANTOM, PHANTOM_SEED, VolumeCase
 from visattn.files import write_text_atomic
 from visattn.progress import Bar
-
-COUNT = 120
-"""Heads that the word phantom means."""
 
 SMALLEST_ML, LARGEST_ML = 0.3, 50.0
 """Volumes of lesions; their logarithms are spread evenly."""
@@ -38,22 +35,18 @@ _APART = 10.0  # mm between two lesions, so that they never touch
 AIR, BONE, FLUID, GREY, WHITE, MUSCLE, FAT, BLOOD = 0.01, 0.08, 0.15, 0.45, 0.66, 0.42, 0.95, 1.05
 
 
-def phantom_cases(count: int = COUNT) -> list[VolumeCase]:
-    """The cases of the word phantom, `head_0000` and on; each is a patient of its own."""
-    names = [head_name(index) for index in range(count)]
-    return [VolumeCase(name, (), None, name, PHANTOM) for name in names]
-
-
-@lru_cache(maxsize=8)
 def read_phantom(name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    """Draw the case `name` of the word phantom, as `phantom_head`; the arrays cannot be written to.
+    """Draw the head `name` of the word phantom; see `phantom_head`.
 
     The last few are kept: a case's image, labels and grid are asked for one after the other.
     """
-    image, labels, geometry = phantom_head(int(name.rpartition("_")[2]), PHANTOM_SEED)
-    image.setflags(write=False)
-    labels.setflags(write=False)
-    return image, labels, geometry
+    image, labels, geometry = _kept(int(name.rpartition("_")[2]))
+    return image.copy(), labels.copy(), geometry
+
+
+@lru_cache(maxsize=8)
+def _kept(index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
+    return phantom_head(index, PHANTOM_SEED)
 
 
 def head_name(index: int) -> str:
