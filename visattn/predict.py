@@ -31,7 +31,7 @@ from visattn.labels import Labels
 from visattn.members import find_device, parse_checkpoint, read_members
 from visattn.overlay import draw_overlay, encode_png, foreground_masks
 from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases, shown
-from visattn.predict_record import MANIFEST, TABLE, Entry, Record, file_hash
+from visattn.predict_record import IMAGES, MANIFEST, Entry, Record, file_hash
 from visattn.predictor import Predictor
 from visattn.progress import Bar
 from visattn.versions import library_versions
@@ -145,13 +145,13 @@ def _tell_end(
     parts += [f"{kept} unchanged and kept"] if kept else []
     parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
     beside = [
-        f"{TABLE}, {MANIFEST}",
+        f"{IMAGES.file}, {MANIFEST}",
         *(["overlays/"] if overlays else []),
         *(["probabilities/"] if probabilities else []),
     ]
     lines = [", ".join(parts), f"masks: {shown(output)} ({', '.join(beside)})"]
     if record.others:
-        lines.append(f"{record.others} masks of other weights or settings lie there too; they are not in {TABLE}")
+        lines.append(f"{record.others} masks of other weights or settings lie there too; they are not in {IMAGES.file}")
     print("\n".join(lines), file=sys.stderr)
 
 

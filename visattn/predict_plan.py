@@ -5,12 +5,14 @@ import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol, TypeVar
 
 from visattn.data.images import SUFFIXES, image_size
 from visattn.errors import UserError, nearest
@@ -21,6 +23,33 @@ from visattn.overlay import safe_name
 
 LOCK = ".visattn.lock"
 _LONGEST_NAME = 255  # bytes; every file system in use allows as many
+
+
+class Planned(Protocol):
+    """One case: what it is read from, and what is written for it, relative to the output folder."""
+
+    @property
+    def image(self) -> Path:
+        """The input as it was named."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """All files that it is read from."""
+        ...
+
+    @property
+    def mask(self) -> str:
+        """The file that tells that the case is done."""
+        ...
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All files that are written, the mask last."""
+        ...
+
+
+AnyCase = TypeVar("AnyCase", bound=Planned)
 
 
 @dataclass(frozen=True)
@@ -36,6 +65,11 @@ class Case:
     def files(self) -> tuple[str, ...]:
         """All files, the mask last: where it is there, the others are."""
         return (*self.probabilities, *([self.overlay] if self.overlay else []), self.mask)
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files that it is read from."""
+        return (self.image,)
 
     @property
     def name(self) -> str:
@@ -66,6 +100,8 @@ def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePo
             if not images:
                 raise UserError(f"{shown(given)}: no image in this folder.\nImages end in: {', '.join(SUFFIXES)}")
         else:
+            if given.exists():
+                raise UserError(f"{shown(given)}: a pipe or a device, not an image file or a folder.")
             there = [p.name for p in given.parent.iterdir()] if given.parent.is_dir() else []
             guess = nearest(given.name, there)
             hint = f"\nDid you mean {shown(given.parent / guess)}?" if guess else ""
@@ -109,7 +145,8 @@ def plan_cases(
         mask = str(folder / fitted_name(relative.stem, ".png"))
         overlay = str("overlays" / folder / fitted_name(relative.stem, ".png")) if overlays else None
         cases.append(Case(path, mask, files if probabilities else (), overlay))
-    _check_collisions(cases, output, case_sensitive)
+    check_collisions(cases, output, case_sensitive)
+    _check_inside(cases, output)
     return cases
 
 
@@ -133,7 +170,13 @@ def fitted_name(stem: str, ending: str) -> str:
     return raw[: room - 9].decode("utf-8", "ignore") + "~" + digest + ending
 
 
-def _check_collisions(cases: Sequence[Case], output: Path, case_sensitive: bool) -> None:
+def check_collisions(cases: Sequence[Planned], output: Path, case_sensitive: bool) -> None:
+    """Make sure that every file is written once and no input is overwritten.
+
+    Raises:
+        UserError: Two inputs would write one file, or an input would be overwritten.
+    """
+
     def key(path: str) -> str:
         # macOS: names that differ in case, or in how an accent is composed, are one file
         return path if case_sensitive else unicodedata.normalize("NFC", path).casefold()
@@ -152,17 +195,34 @@ def _check_collisions(cases: Sequence[Case], output: Path, case_sensitive: bool)
         more = f" (and {len(double) - 1} more such files)" if len(double) > 1 else ""
         raise UserError(
             f"two inputs would write the same file {shown(output / first[0][1])}{more}:\n"
-            f"  {shown(first[0][0])}\n  {shown(first[1][0])}\n"
-            "Rename one, give the folder above both as the INPUT, or use an --output for each."
+            f"  {shown(first[0][0])}\n  {shown(first[1][0])}\n{_advice(first[0][0], first[1][0])}"
         )
-    sources = {os.path.realpath(case.image): case.image for case in cases}
+    sources = {os.path.realpath(path) for case in cases for path in case.inputs}
     for case in cases:
         for file in case.files:
-            source = sources.get(os.path.realpath(output / file))
-            if source is not None:
+            if os.path.realpath(output / file) in sources:
                 raise UserError(
                     f"{shown(output / file)}: is an input image and would be overwritten.\nName another --output."
                 )
+
+
+def _check_inside(cases: Sequence[Case], output: Path) -> None:
+    """Refuse links in the output folder that lead out of it: masks would be written there."""
+    real = Path(os.path.realpath(output))
+    for folder in sorted({str(PurePosixPath(file).parent) for case in cases for file in case.files}):
+        if not Path(os.path.realpath(output / folder)).is_relative_to(real):
+            raise UserError(
+                f"{shown(output / folder)}: a link that leads out of the output folder.\n"
+                "Remove it, or name another --output."
+            )
+
+
+def _advice(one: Path, other: Path) -> str:
+    if one.parent == other.parent:
+        return (
+            "A mask is named by its image's stem: rename one of the two, or predict each into an --output of its own."
+        )
+    return "Rename one, give the folder above both as the INPUT, or use an --output for each."
 
 
 @contextmanager
@@ -177,10 +237,13 @@ def output_folder(output: Path) -> Iterator[bool]:
     Raises:
         UserError: it cannot be written, is full, or another `visattn predict` is writing there.
     """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {shown(output)}: is a file; name a folder for the masks.")
     made = [path for path in (output, *output.parents) if not path.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        _refuse_foreign_lock(handle, output)
     except OSError as error:
         raise UserError(f"--output {shown(output)}: cannot be written: {error.strerror}.") from error
     try:
@@ -197,6 +260,14 @@ def output_folder(output: Path) -> Iterator[bool]:
                 path.rmdir()  # fails, as it should, where something was written
             except OSError:
                 break
+
+
+def _refuse_foreign_lock(handle: int, output: Path) -> None:
+    """A lock that is another name of some file, or a pipe, is not ours: writing to it would spoil that file."""
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        os.close(handle)
+        raise UserError(f"--output {shown(output / LOCK)}: is no lock of visattn predict.\nRemove it, or name another.")
 
 
 def _try_writing(handle: int, output: Path) -> None:

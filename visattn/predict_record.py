@@ -12,7 +12,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -20,24 +20,11 @@ from typing import Any
 
 from visattn import NOTICE
 from visattn.errors import UserError
-from visattn.files import write_bytes_atomic
-from visattn.predict_plan import Case, shown
+from visattn.files import read_small, write_bytes_atomic
+from visattn.predict_plan import AnyCase, Planned, shown
 
 FORMAT = 1
-MANIFEST, TABLE = "manifest.json", "predictions.csv"
-COLUMNS = (
-    "case",
-    "class",
-    "pixels",
-    "percent_of_image",
-    "components",
-    "mean_foreground_probability",
-    "seconds",
-    "width",
-    "height",
-    "image",
-    "mask",
-)
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -51,10 +38,12 @@ class Entry:
         settings: Which of the manifest's settings it was made with.
         input_sha256: Of the image file.
         files: Path to hash of all that was written.
-        size: Height and width in pixels.
+        size: Height and width in pixels, or the three sides of a volume in voxels.
         seconds: Reading, network and writing.
         rows: One for each foreground class.
         error: Why it failed.
+        notes: What a user should know of the input.
+        peak_mb: The process's largest memory until the case was done; 0 where it was not measured.
     """
 
     image: str
@@ -67,6 +56,60 @@ class Entry:
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     error: str = ""
+    notes: list[str] = field(default_factory=list)
+    peak_mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table beside the manifest.
+
+    Args:
+        file: Its name.
+        columns: Its columns.
+        sizes: How many sizes an entry has.
+        common: What an entry's rows have in common.
+    """
+
+    file: str
+    columns: tuple[str, ...]
+    sizes: int
+    common: Callable[[Entry], dict[str, Any]]
+
+    def content(self, entries: Sequence[Entry]) -> bytes:
+        """The table of the entries that are done, as CSV."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        for entry in entries:
+            if entry.state == "done":
+                common = self.common(entry)
+                for row in entry.rows:
+                    writer.writerow({key: cell((common | row).get(key)) for key in self.columns})
+        return text.getvalue().encode("utf-8", "backslashreplace")
+
+
+def _of_image(entry: Entry) -> dict[str, Any]:
+    height, width = entry.size
+    return {
+        "case": entry.mask.removesuffix(".png"),
+        "image": entry.image,
+        "mask": entry.mask,
+        "seconds": round(entry.seconds, 3),
+        "width": width,
+        "height": height,
+    }
+
+
+IMAGES = Table(
+    "predictions.csv",
+    (
+        *("case", "class", "pixels", "percent_of_image", "components", "mean_foreground_probability"),
+        *("seconds", "width", "height", "image", "mask"),
+    ),
+    2,
+    _of_image,
+)
 
 
 class Record:
@@ -77,15 +120,21 @@ class Record:
         settings: What decides a result besides the image: hash of the weights, threshold, and so on.
         about: Further facts for the manifest: versions, device, checkpoint.
         fresh: Whether to forget what an earlier run recorded if it cannot be read.
+        table: The table beside the manifest.
 
     Raises:
         UserError: There is a manifest that visattn did not write.
     """
 
     def __init__(
-        self, output: Path, settings: Mapping[str, Any], about: Mapping[str, Any], fresh: bool = False
+        self,
+        output: Path,
+        settings: Mapping[str, Any],
+        about: Mapping[str, Any],
+        fresh: bool = False,
+        table: Table = IMAGES,
     ) -> None:
-        self.output = output
+        self.output, self.table = output, table
         text = json.dumps(settings, sort_keys=True)
         self.settings_id = hashlib.sha256(text.encode()).hexdigest()[:12]
         self.about = dict(about)
@@ -97,10 +146,10 @@ class Record:
     def _read(self, fresh: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
         path = self.output / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(read_small(path))
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']}")
-            entries = [_entry(values) for values in content["cases"]]
+            entries = [_entry(values, self.table.sizes) for values in content["cases"]]
             return {entry.mask: entry for entry in entries}, dict(content["settings"])
         except FileNotFoundError:
             return {}, {}
@@ -112,7 +161,7 @@ class Record:
                 "Name another --output, or add --overwrite to replace it and the masks beside it."
             ) from error
 
-    def unfinished(self, cases: Sequence[Case], overwrite: bool) -> list[Case]:
+    def unfinished(self, cases: Sequence[AnyCase], overwrite: bool) -> list[AnyCase]:
         """The cases that are still to be done.
 
         A case is finished if its image, the weights and the settings are unchanged and its files are there.
@@ -138,12 +187,12 @@ class Record:
             )
         return todo
 
-    def _finished(self, case: Case, entry: Entry) -> bool:
+    def _finished(self, case: Planned, entry: Entry) -> bool:
         return (
             entry.state == "done"
             and entry.settings == self.settings_id
             and all(file in entry.files and (self.output / file).is_file() for file in case.files)
-            and entry.input_sha256 == file_hash(case.image)
+            and entry.input_sha256 == inputs_hash(case.inputs)
         )
 
     def _ours(self, file: str, entry: Entry | None) -> bool:
@@ -152,7 +201,7 @@ class Record:
             return True
         return path.is_file() and entry is not None and entry.files.get(file) == file_hash(path)
 
-    def start(self, cases: Sequence[Case]) -> None:
+    def start(self, cases: Sequence[Planned]) -> None:
         """Note that the files of `cases` are about to be written, before the first one is."""
         for mask, entry in list(self.entries.items()):
             # What a killed run planned stays: it may have written a mask that it had no time to record.
@@ -165,13 +214,13 @@ class Record:
         self._remove_leftovers({(self.output / file).parent for case in cases for file in case.files} | {self.output})
         self.save()
 
-    def done(self, case: Case, entry: Entry) -> None:
+    def done(self, case: Planned, entry: Entry) -> None:
         """Take up a finished case; files that an earlier run wrote for it and this one did not are removed."""
         self._remove_obsolete(case, keep=set(entry.files))
         self.entries[case.mask] = entry
         self.save_sometimes()
 
-    def failed(self, case: Case, error: str) -> None:
+    def failed(self, case: Planned, error: str) -> None:
         """Take up a case that failed; an older mask must not pass for its result."""
         self._remove_obsolete(case, keep=set())
         for file in case.files:
@@ -180,7 +229,7 @@ class Record:
         self.entries[case.mask] = Entry(str(case.image), case.mask, "failed", self.settings_id, error=error)
         self.save_sometimes()
 
-    def _remove_obsolete(self, case: Case, keep: set[str]) -> None:
+    def _remove_obsolete(self, case: Planned, keep: set[str]) -> None:
         for file, digest in self.entries[case.mask].files.items():
             path = self.output / file
             # The name comes from a file that anyone may have edited: it must not lead out of the folder.
@@ -204,7 +253,7 @@ class Record:
         """Write table and manifest, each whole or not at all."""
         started = time.monotonic()
         current = [e for _, e in sorted(self.entries.items()) if e.settings == self.settings_id]
-        write_bytes_atomic(self.output / TABLE, _table(current))
+        write_bytes_atomic(self.output / self.table.file, self.table.content(current))
         content = {
             "format": FORMAT,
             "notice": NOTICE,
@@ -224,29 +273,15 @@ class Record:
         return sum(e.state == "done" and e.settings != self.settings_id for e in self.entries.values())
 
 
-def _entry(values: Mapping[str, Any]) -> Entry:
+def _entry(values: Mapping[str, Any], sizes: int) -> Entry:
     entry = Entry(**values)
     empty = Entry("", "", "", "")
     for item in fields(entry):
         if not isinstance(getattr(entry, item.name), type(getattr(empty, item.name))):
             raise TypeError(f"{item.name} of {entry.mask}")
-    if entry.state == "done" and len(entry.size) != 2:
+    if entry.state == "done" and len(entry.size) != sizes:
         raise ValueError(f"size of {entry.mask}")
     return entry
-
-
-def _table(entries: Sequence[Entry]) -> bytes:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for entry in entries:
-        if entry.state == "done":
-            height, width = entry.size
-            common: dict[str, Any] = {"case": entry.mask.removesuffix(".png"), "image": entry.image, "mask": entry.mask}
-            common |= {"seconds": round(entry.seconds, 3), "width": width, "height": height}
-            for row in entry.rows:
-                writer.writerow({key: cell((common | row).get(key)) for key in COLUMNS})
-    return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def cell(value: object) -> str:
@@ -262,3 +297,11 @@ def file_hash(path: Path) -> str:
             return hashlib.file_digest(handle, "sha256").hexdigest()
     except OSError:
         return ""
+
+
+def inputs_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of the only file, or of the hashes of several; empty if one cannot be read."""
+    hashes = [file_hash(path) for path in paths]
+    if len(hashes) == 1 or not all(hashes):
+        return hashes[0] if len(hashes) == 1 else ""
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()

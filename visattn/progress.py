@@ -42,13 +42,19 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self) -> None:
-        """One more is done."""
-        self.count += 1
+    def expect(self, total: int, title: str) -> None:
+        """Correct the total, and say what is being done now."""
+        self.total, self.title = total, title
+        if self._bar is not None:
+            self._bar.update(self._task, total=total, description=title)
+
+    def advance(self, count: int = 1) -> None:
+        """One more is done, or several."""
+        self.count += count
         now = time.monotonic()
         if self._bar is not None:
-            self._bar.advance(self._task)
-        elif now - self._told > EVERY and self.count < self.total:
+            self._bar.advance(self._task, count)
+        elif now - self._told > EVERY and 0 < self.count < self.total:
             self._told = now
             left = (now - self._started) / self.count * (self.total - self.count)
             print(f"{self.title} {self.count}/{self.total}, {left:.0f} s left", file=sys.stderr, flush=True)
