@@ -21,7 +21,7 @@ def test_ignore_is_the_labels_own():
     assert cases._IGNORE == IGNORE
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", ["headline", "surface", "full"])
 def test_rows_hold_the_suite_in_order(binary, suite):
     (row,) = case_metrics(square(5, 5), square(6, 6), binary, suite=suite)
     assert tuple(row) == SUITES[suite]
@@ -44,7 +44,7 @@ def test_overlap_by_hand(binary):
 
 EMPTY = np.zeros((40, 50), np.uint8)
 DIAGONAL = math.hypot(40, 50)
-WORST = {name: 0.0 for name in METRICS} | {"mae": 1.0, "hd95": DIAGONAL, "hd95_rel": 1.0}
+WORST = {name: 0.0 for name in SUITES["full"]} | {"mae": 1.0, "hd95": DIAGONAL, "hd95_rel": 1.0}
 
 
 def test_a_miss_has_the_worst_value_of_every_measure(binary):
@@ -69,7 +69,7 @@ def test_a_false_alarm_has_the_worst_value_where_there_is_one(binary):
 
 def test_neither_is_undefined(binary):
     (row,) = case_metrics(EMPTY, EMPTY, binary, np.random.default_rng(0).random((1, 40, 50)) * 0.4, suite="full")
-    assert row == {name: None for name in METRICS} | {"fpr_empty": 0.0}
+    assert row == {name: None for name in SUITES["full"]} | {"fpr_empty": 0.0}
 
 
 def test_without_a_hit_specificity_is_zero(binary):
@@ -82,7 +82,7 @@ def test_without_a_hit_specificity_is_zero(binary):
 def test_every_measure_of_a_perfect_case_is_best(binary):
     (row,) = case_metrics(square(5, 5), square(5, 5), binary, suite="full")
     over_thresholds = {"pranet_dice", "pranet_iou", "e_mean"}  # threshold 0 takes the whole image
-    for name in set(METRICS) - over_thresholds - {"fpr_empty"}:
+    for name in set(SUITES["full"]) - over_thresholds - {"fpr_empty"}:
         assert row[name] == pytest.approx(METRICS[name].best), name
     assert all(0.99 < row[name] < 1 for name in over_thresholds)
 

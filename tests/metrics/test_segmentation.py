@@ -28,7 +28,7 @@ def some_cases(labels, blob, count, seed=0):
         yield f"case {number} é", labels.from_probabilities(probabilities), truth, probabilities
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", ["headline", "surface", "full"])
 @pytest.mark.parametrize("kind", ["binary", "three", "regions"])
 def test_means_are_those_of_the_rows(request, blob, kind, suite):
     labels = request.getfixturevalue(kind)

@@ -6,26 +6,43 @@ when asked for, since it needs torch and torchmetrics. Formulas and conventions:
 
 from typing import TYPE_CHECKING, Any
 
-from visattn.metrics.cases import METRICS, NSD_TOLERANCE, SUITES, CaseRow, MetricInfo, Suite, case_metrics
+from visattn.metrics.cases import (
+    METRICS,
+    NSD_TOLERANCE,
+    SUITES,
+    CaseRow,
+    MetricInfo,
+    Suite,
+    case_metrics,
+    digits,
+    metrics_of,
+)
 from visattn.metrics.intervals import Summary, bootstrap_interval, summarise
+from visattn.metrics.lesions import DETAILS, Detection, LesionRule, detections
 from visattn.metrics.surface import diagonal, hausdorff, surface_dice, surface_distances
 
 if TYPE_CHECKING:
     from visattn.metrics.segmentation import SegmentationMetrics
 
 __all__ = [
+    "DETAILS",
     "METRICS",
     "NSD_TOLERANCE",
     "SUITES",
     "CaseRow",
+    "Detection",
+    "LesionRule",
     "MetricInfo",
     "SegmentationMetrics",
     "Suite",
     "Summary",
     "bootstrap_interval",
     "case_metrics",
+    "detections",
     "diagonal",
+    "digits",
     "hausdorff",
+    "metrics_of",
     "summarise",
     "surface_dice",
     "surface_distances",

@@ -10,26 +10,29 @@ For each class of each case, by truth and prediction (`docs/metrics.md` has the 
   pixels: it has no worst value across image sizes, so a false alarm on a small image could improve the mean;
 * neither: undefined (None). Only `fpr_empty` says 0 here, 1 for a false alarm, and None where the class is present.
 
+`volume_error` alone needs no exception, since its formula means the same for empty masks.
+
 Pixels whose truth is `IGNORE` are background in truth and prediction, belong to no count, histogram or stretch of the
 probability map, and carry no error.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visattn.metrics.lesions import DETAILS, RULE, LesionRule, find_lesions, lesion_measures
 from visattn.metrics.maps import map_metrics, protocol_levels
 from visattn.metrics.overlap import Mask, count, overlap_metrics
-from visattn.metrics.surface import diagonal, hausdorff, surface_dice, surface_distances
+from visattn.metrics.surface import bounding_box, diagonal, hausdorff, surface_dice, surface_distances
 
 if TYPE_CHECKING:
     from visattn.labels import Labels  # imports torch, which scoring masks does not need
 
-Suite = Literal["headline", "surface", "full"]
+Suite = Literal["headline", "surface", "full", "volume"]
 CaseRow = dict[str, float | None]
 
 NSD_TOLERANCE = 2.0
@@ -46,8 +49,8 @@ class MetricInfo:
         title: Name for headings.
         suite: The smallest suite that holds it.
         best: The value of a perfect prediction.
-        worst: The value of a miss or a false alarm; infinity stands for the image diagonal.
-        unit: "px", which is the unit of the spacing where one is given; else empty.
+        worst: The value of a miss or a false alarm; infinity where that depends on the case.
+        unit: "ml"; "px", which is mm in a table of the suite "volume" (`metrics_of`); else empty.
     """
 
     title: str
@@ -72,6 +75,11 @@ METRICS: dict[str, MetricInfo] = {
     "hd95": MetricInfo("HD95", "surface", best=0.0, worst=math.inf, unit="px"),
     "hd95_rel": MetricInfo("HD95 / diagonal", "surface", best=0.0, worst=1.0),
     "nsd": MetricInfo("NSD", "surface"),
+    "volume_error": MetricInfo("Volume error", "volume", best=0.0, worst=math.inf, unit="ml"),
+    "volume_similarity": MetricInfo("Volumetric similarity", "volume"),
+    "lesion_precision": MetricInfo("Precision over lesions", "volume"),
+    "lesion_recall": MetricInfo("Recall over lesions", "volume"),
+    "lesion_f1": MetricInfo("F1 over lesions", "volume"),
     "pranet_dice": MetricInfo("mean Dice (PraNet's protocol)", "full"),
     "pranet_iou": MetricInfo("mean IoU (PraNet's protocol)", "full"),
     "s_measure": MetricInfo("S-measure", "full"),
@@ -84,10 +92,23 @@ METRICS: dict[str, MetricInfo] = {
 
 SUITES: dict[Suite, tuple[str, ...]] = {
     "headline": tuple(name for name, info in METRICS.items() if info.suite == "headline"),
-    "surface": tuple(name for name, info in METRICS.items() if info.suite != "full"),
-    "full": tuple(METRICS),
+    "surface": tuple(name for name, info in METRICS.items() if info.suite in ("headline", "surface")),
+    "full": tuple(name for name, info in METRICS.items() if info.suite != "volume"),
+    "volume": tuple(name for name, info in METRICS.items() if info.suite != "full"),
 }
-"""The measures of each suite: `headline` counts pixels, `surface` adds distances, `full` adds the map's measures."""
+"""The measures of each suite: `headline` counts pixels and `surface` adds distances. To that, `full` adds the measures
+of the map, for images, and `volume` those of volume and of lesions, for volumes."""
+
+
+def metrics_of(measures: Container[str]) -> dict[str, MetricInfo]:
+    """`METRICS` with the units of a table that holds `measures`: volumes are always scored in mm."""
+    in_mm = any(info.suite == "volume" and name in measures for name, info in METRICS.items())
+    return {name: replace(info, unit="mm") if in_mm and info.unit == "px" else info for name, info in METRICS.items()}
+
+
+def digits(unit: str, plain: int = 4) -> int:
+    """Digits after the point that a value with this unit is shown with; `plain` without one."""
+    return {"": plain, "px": 1}.get(unit, 2)
 
 
 def case_metrics(
@@ -99,6 +120,8 @@ def case_metrics(
     *,
     spacing: Sequence[float] | None = None,
     nsd_tolerance: float = NSD_TOLERANCE,
+    voxel_ml: float | None = None,
+    lesions: LesionRule = RULE,
 ) -> list[CaseRow]:
     """Score one case.
 
@@ -108,18 +131,32 @@ def case_metrics(
         truth: Class indices of the same shape, `IGNORE` where a pixel counts for nothing.
         labels: The label map.
         probabilities: (channels, H, W) in 0..1, the channels of `labels`; default: the prediction itself as 0 and 1.
-        suite: "headline": overlap; "surface": and HD95 and NSD; "full": and PraNet's protocol, S, E, weighted F, MAE.
-        spacing: Size of a pixel along each axis, the unit of `hd95` and `nsd_tolerance`; default 1, so pixels.
+        suite: "headline": overlap; "surface": and HD95 and NSD; "full": and PraNet's protocol, S, E, weighted F, MAE;
+            "volume", of (I, J, K): "surface" and volumes and lesions.
+        spacing: Size of a pixel along each axis, the unit of `hd95` and `nsd_tolerance`; default 1, so pixels. The
+            suite "volume" needs it, in mm.
         nsd_tolerance: Distance within which an edge counts as right.
+        voxel_ml: Volume of a voxel, where axes are not perpendicular; default: the product of `spacing` / 1000.
+        lesions: When a lesion counts and is found, in the suite "volume".
 
     Returns:
         One row for each of `labels.foreground`, in that order: the names of `SUITES[suite]` to values, None where
-        undefined.
+        undefined; in the suite "volume" those of `DETAILS` too.
 
     Raises:
         ValueError: Shapes do not fit, the suite is unknown, or a probability is not finite.
     """
-    return score_case(prediction, truth, labels, probabilities, suite, spacing=spacing, nsd_tolerance=nsd_tolerance)[0]
+    return score_case(
+        prediction,
+        truth,
+        labels,
+        probabilities,
+        suite,
+        spacing=spacing,
+        nsd_tolerance=nsd_tolerance,
+        voxel_ml=voxel_ml,
+        lesions=lesions,
+    )[0]
 
 
 def score_case(
@@ -131,16 +168,25 @@ def score_case(
     *,
     spacing: Sequence[float] | None = None,
     nsd_tolerance: float = NSD_TOLERANCE,
+    voxel_ml: float | None = None,
+    lesions: LesionRule = RULE,
 ) -> tuple[list[CaseRow], NDArray[np.float64]]:
     """As `case_metrics`, and the E-measure of each class at thresholds 0..255.
 
     Returns:
         The rows, and curves (classes, 256): NaN where undefined and in other suites than "full".
     """
-    _check(prediction, truth, labels, probabilities, suite)
+    _check(prediction, truth, labels, probabilities, suite, spacing)
+    shape = truth.shape
     valid = truth != _IGNORE
-    ignored = not valid.all()
     counted = int(np.count_nonzero(valid))
+    ignored = counted < valid.size
+    if suite != "full":
+        # Where both are background there is nothing to measure, and that is most of a volume.
+        box = bounding_box((truth != 0) | (prediction != 0))
+        prediction, truth, valid = prediction[box], truth[box], valid[box]
+    if suite == "volume" and voxel_ml is None:
+        voxel_ml = math.prod(spacing or ()) / 1000
     predicted_channels, true_channels = labels.onehot(prediction), labels.onehot(truth)
     first = labels.channels - len(labels.foreground)  # the background has a channel of its own under softmax
     rows, curves = [], np.full((len(labels.foreground), 256), np.nan)
@@ -149,10 +195,13 @@ def score_case(
         if ignored:
             predicted = predicted & valid
         probability = None if probabilities is None else probabilities[channel]
-        one_class = _OneClass(predicted, true, valid if ignored else None, counted)
+        one_class = _OneClass(predicted, true, valid if ignored else None, counted, shape)
         row = one_class.overlap()
         if suite != "headline":
             row |= one_class.surface(spacing, nsd_tolerance)
+        if suite == "volume":
+            assert voxel_ml is not None
+            row |= one_class.volume(voxel_ml, lesions)
         if suite == "full":
             on_map, curves[index] = one_class.on_map(probability)
             row |= on_map
@@ -163,8 +212,8 @@ def score_case(
 class _OneClass:
     """One class of one case: the masks, and which of the four situations of the policy they are in."""
 
-    def __init__(self, predicted: Mask, true: Mask, valid: Mask | None, counted: int) -> None:
-        self.predicted, self.true, self.valid = predicted, true, valid
+    def __init__(self, predicted: Mask, true: Mask, valid: Mask | None, counted: int, shape: tuple[int, ...]) -> None:
+        self.predicted, self.true, self.valid, self.shape = predicted, true, valid, shape
         self.counts = count(predicted, true, counted)
         self.counted = counted
         self.has_truth = self.counts.tp + self.counts.fn > 0
@@ -183,12 +232,25 @@ class _OneClass:
         return row
 
     def surface(self, spacing: Sequence[float] | None, tolerance: float) -> CaseRow:
-        longest = diagonal(self.true.shape, spacing)
+        longest = diagonal(self.shape, spacing)
         if self.has_truth and self.has_prediction:
             distances = surface_distances(self.predicted, self.true, spacing)
             hd95 = hausdorff(distances)
             return {"hd95": hd95, "hd95_rel": hd95 / longest, "nsd": surface_dice(distances, tolerance)}
         return self._without_formula("surface") | {"hd95": longest if self.has_truth else None}
+
+    def volume(self, voxel_ml: float, rule: LesionRule) -> CaseRow:
+        counts = self.counts
+        truth, prediction = (counts.tp + counts.fn) * voxel_ml, (counts.tp + counts.fp) * voxel_ml
+        row: CaseRow = dict.fromkeys((name for name, info in METRICS.items() if info.suite == "volume"))
+        row |= dict.fromkeys(DETAILS)
+        if not self.counted:
+            return row  # everything is ignored: not even a volume is known
+        row |= {"volume_error": abs(prediction - truth), "true_ml": truth, "predicted_ml": prediction}
+        if self.has_truth or self.has_prediction:
+            row["volume_similarity"] = 1 - abs(prediction - truth) / (prediction + truth)
+        box = bounding_box(self.predicted | self.true)
+        return row | lesion_measures(find_lesions(self.predicted[box], self.true[box]), voxel_ml, rule)
 
     def on_map(self, probability: NDArray[np.floating[Any]] | None) -> tuple[CaseRow, NDArray[np.float64]]:
         levels = protocol_levels(self.predicted if probability is None else probability, self.valid)
@@ -210,6 +272,7 @@ def _check(
     labels: "Labels",
     probabilities: NDArray[Any] | None,
     suite: Suite,
+    spacing: Sequence[float] | None,
 ) -> None:
     if suite not in SUITES:
         raise ValueError(f"unknown suite {suite!r}; known: {', '.join(SUITES)}")
@@ -219,3 +282,7 @@ def _check(
         raise ValueError(f"probabilities have shape {probabilities.shape}, expected {(labels.channels, *truth.shape)}")
     if suite == "full" and truth.ndim != 2:
         raise ValueError(f"the suite 'full' is for images (H, W), not shape {truth.shape}; use 'surface'")
+    if suite == "volume" and (truth.ndim != 3 or spacing is None or len(spacing) != 3):
+        raise ValueError(
+            f"the suite 'volume' is for volumes (I, J, K) with their spacing in mm, not shape {truth.shape}"
+        )

@@ -1,6 +1,7 @@
 """The scores of a data set as a torchmetrics metric: one case at a time, on any number of processes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from visattn.metrics.calibration import BINS, Sums, count_bins, describe_calibra
 from visattn.metrics.cases import METRICS, NSD_TOLERANCE, SUITES, CaseRow, Suite, score_case
 from visattn.metrics.confusion import Counts, confusion_shape, count_confusion, describe_confusion
 from visattn.metrics.intervals import mean_of_means
+from visattn.metrics.lesions import DETAILS, RULE, LesionRule
+
+_COLUMNS = (*METRICS, *DETAILS)
 
 
 class SegmentationMetrics(Metric):
@@ -30,8 +34,9 @@ class SegmentationMetrics(Metric):
 
     Args:
         labels: The label map; one set of scores for each of `labels.foreground`.
-        suite: "headline", "surface" or "full"; see `visattn.metrics.case_metrics`.
-        nsd_tolerance: Tolerance of the surface Dice in pixels.
+        suite: "headline", "surface", "full" or "volume"; see `visattn.metrics.case_metrics`.
+        nsd_tolerance: Tolerance of the surface Dice, in pixels or in the unit of a case's spacing.
+        lesions: When a lesion counts and is found, in the suite "volume".
         **kwargs: Of `torchmetrics.Metric`.
 
     Raises:
@@ -46,12 +51,17 @@ class SegmentationMetrics(Metric):
     pixels: list[Tensor]
 
     def __init__(
-        self, labels: Labels, suite: Suite = "headline", nsd_tolerance: float = NSD_TOLERANCE, **kwargs: Any
+        self,
+        labels: Labels,
+        suite: Suite = "headline",
+        nsd_tolerance: float = NSD_TOLERANCE,
+        lesions: LesionRule = RULE,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if "mean" in labels.foreground:
             raise ValueError("a class cannot be called 'mean': that is the name of the mean over classes")
-        self.labels, self.suite, self.nsd_tolerance = labels, suite, nsd_tolerance
+        self.labels, self.suite, self.nsd_tolerance, self.lesions = labels, suite, nsd_tolerance, lesions
         self.add_state("names", [], dist_reduce_fx="cat")
         self.add_state("records", [], dist_reduce_fx="cat")
         self.add_state("pixels", [], dist_reduce_fx="cat")
@@ -66,27 +76,39 @@ class SegmentationMetrics(Metric):
         *,
         group: str = "",
         suite: Suite | None = None,
+        spacing: Sequence[float] | None = None,
+        voxel_ml: float | None = None,
     ) -> None:
         """Score one case and add it.
 
         Args:
             case: Its name, unique in the data set together with `group`; a second case of that name is not counted.
-            prediction: Class indices (H, W).
-            truth: Class indices (H, W), `IGNORE` where a pixel counts for nothing.
+            prediction: Class indices (H, W) or (I, J, K).
+            truth: Class indices of the same shape, `IGNORE` where a pixel counts for nothing.
             probabilities: (channels, H, W) in 0..1; default: the prediction as 0 and 1.
             group: What the case belongs to (patient, video).
             suite: Of this and the other cases until `reset`; default: the one of the constructor.
+            spacing: Size of a pixel along each axis, in mm for the suite "volume"; default 1.
+            voxel_ml: As in `visattn.metrics.case_metrics`.
 
         Raises:
             ValueError: Shapes do not fit, or a probability is not finite.
         """
         suite = suite or self.suite
         rows, curves = score_case(
-            prediction, truth, self.labels, probabilities, suite, nsd_tolerance=self.nsd_tolerance
+            prediction,
+            truth,
+            self.labels,
+            probabilities,
+            suite,
+            spacing=spacing,
+            nsd_tolerance=self.nsd_tolerance,
+            voxel_ml=voxel_ml,
+            lesions=self.lesions,
         )
-        values = np.full((len(rows), len(METRICS)), math.nan)
+        values = np.full((len(rows), len(_COLUMNS)), math.nan)
         for index, row in enumerate(rows):
-            for column, name in enumerate(METRICS):
+            for column, name in enumerate(_COLUMNS):
                 value = row.get(name)
                 values[index, column] = math.nan if value is None else value
         bits = curves.astype(np.float32).view(np.int64)
@@ -115,7 +137,7 @@ class SegmentationMetrics(Metric):
         names, values, curves, suite = self._gathered()
         result: dict[str, float] = {"cases": len(names)}
         classes = self.labels.foreground
-        for column, metric in enumerate(METRICS):
+        for column, metric in enumerate(_COLUMNS):
             if metric not in SUITES[suite]:
                 continue
             for index, name in enumerate(classes):
@@ -142,8 +164,8 @@ class SegmentationMetrics(Metric):
             for name, of_class in zip(self.labels.foreground, of_case, strict=True):
                 measured: CaseRow = {
                     metric: None if math.isnan(value) else float(value)
-                    for metric, value in zip(METRICS, of_class, strict=True)
-                    if metric in SUITES[suite]
+                    for metric, value in zip(_COLUMNS, of_class, strict=True)
+                    if metric in SUITES[suite] or (suite == "volume" and metric in DETAILS)
                 }
                 table.append({"case": case, "group": group, "class": name, **measured})
         return table
@@ -211,7 +233,7 @@ class SegmentationMetrics(Metric):
         """Name and group, values (cases, classes, measures), curves (cases, classes, 256); by name, each case once."""
         keys, once = self._keys()
         classes = len(self.labels.foreground)
-        width = classes * len(METRICS)
+        width = classes * len(_COLUMNS)
         records = dim_zero_cat(self.records).cpu().numpy().reshape(len(keys), 1 + width + classes * 128)
         if len(set(records[:, 0].tolist())) > 1:
             raise ValueError("cases of different suites were added; call reset() between them")
@@ -221,7 +243,7 @@ class SegmentationMetrics(Metric):
         values = np.ascontiguousarray(records[:, 1 : 1 + width]).view(np.float64)
         curves = np.ascontiguousarray(records[:, 1 + width :]).view(np.float32).astype(np.float64)
         shape = (len(chosen), classes)
-        return sorted(once), values.reshape(*shape, len(METRICS)), curves.reshape(*shape, 256), suite
+        return sorted(once), values.reshape(*shape, len(_COLUMNS)), curves.reshape(*shape, 256), suite
 
 
 def _peak(curves: NDArray[np.float64]) -> float:

@@ -50,6 +50,17 @@ def edges(mask: Mask) -> Mask:
     return mask & ~inner
 
 
+def bounding_box(mask: Mask) -> tuple[slice, ...]:
+    """The smallest box that holds all of `mask`; slices of no length where that is nothing."""
+    box: list[slice] = []
+    for axis in range(mask.ndim):
+        # What is known already is cut off, so that the later axes cost little.
+        rest = mask[tuple(box)]
+        occupied = np.flatnonzero(rest.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else slice(0, 0))
+    return tuple(box)
+
+
 def surface_distances(
     prediction: Mask, truth: Mask, spacing: Sequence[float] | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -71,7 +82,8 @@ def surface_distances(
     if not (prediction.any() and truth.any()):
         raise ValueError("an empty mask has no edge to measure from")
     sides = _spacing(truth.ndim, spacing)
-    box = _bounding_box(prediction | truth)
+    # Nothing of either mask lies outside the box, so that its border is an edge as the image's outside is.
+    box = bounding_box(prediction | truth)
     predicted, true = edges(prediction[box]), edges(truth[box])
     if np.count_nonzero(predicted) + np.count_nonzero(true) > predicted.size * _DENSE:
         return _by_transform(predicted, true, sides), _by_transform(true, predicted, sides)
@@ -91,22 +103,15 @@ def surface_dice(distances: tuple[NDArray[np.float64], NDArray[np.float64]], tol
 
 def _by_tree(start: Mask, goal: Mask, spacing: NDArray[np.float64]) -> NDArray[np.float64]:
     tree = KDTree(np.argwhere(goal) * spacing, leafsize=32)
-    found: NDArray[np.float64] = tree.query(np.argwhere(start) * spacing)[0]
+    apart = ~goal[start]  # an edge that both share lies at no distance
+    found = np.zeros(len(apart))
+    found[apart] = tree.query(np.argwhere(start)[apart] * spacing)[0]
     return found
 
 
 def _by_transform(start: Mask, goal: Mask, spacing: NDArray[np.float64]) -> NDArray[np.float64]:
     found: NDArray[np.float64] = distance_transform_edt(~goal, sampling=spacing)[start]
     return found
-
-
-def _bounding_box(mask: Mask) -> tuple[slice, ...]:
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        occupied = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(occupied[0]), int(occupied[-1]) + 1))
-    return tuple(box)
 
 
 def _spacing(axes: int, spacing: Sequence[float] | None) -> NDArray[np.float64]:
