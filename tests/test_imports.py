@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent / "visattn"
 # From the bottom up. A file or package imports only levels below its own, and its own inside.
 LEVELS: list[set[str]] = [
     {"errors", "versions"},
-    {"files", "labels", "signals"},
-    {"folds_file", "scratch"},
+    {"archives", "files", "labels", "signals"},
+    {"distrust", "folds_file", "scratch"},
     {
         "attention",
         "data",

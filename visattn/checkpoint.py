@@ -11,7 +11,6 @@ Status: format 1. A reader refuses every other number, so a change that an old r
 import hashlib
 import json
 import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visattn.archives import PLAIN, check_saved
+from visattn.distrust import check_arguments, check_finite, is_plain, no_larger_than
 from visattn.errors import UserError, nearest
-from visattn.files import write_bytes_atomic, write_text_atomic
+from visattn.files import read_small, write_bytes_atomic, write_text_atomic
 from visattn.folds_file import has_folds, read_folds
 from visattn.versions import library_versions
 
@@ -42,6 +43,7 @@ _TYPES: dict[str, type] = {
 }
 _MAX_VALUES = 100_000  # a metadata entry is a few hundred values; a crafted one can unfold a few bytes into billions
 _MAX_DEPTH = 50
+_MAX_DESCRIPTION = 20_000_000  # bytes of the .json beside exported weights
 
 
 @dataclass(frozen=True)
@@ -211,19 +213,13 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     size = path.stat().st_size
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(f"{path}: damaged checkpoint: no network weights in it.\nUse another checkpoint of the run.")
-    odd = [key for key, value in weights.items() if not _is_plain(value)]
+    odd = [key for key, value in weights.items() if not is_plain(value)]
     if odd:
         raise UserError(f"{path}: damaged checkpoint: {odd[0]!r:.120} is no plain tensor of numbers.\nDo not use it.")
     if sum(value.numel() * value.element_size() for value in weights.values()) > size:
         # Tensors that share or repeat a small storage could claim any amount of memory.
         raise UserError(f"{path}: damaged checkpoint: its weights claim more bytes than the file has.\nDo not use it.")
     return Checkpoint(path=path, sha256=sha256, state_dict=weights, **fields)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether it has ordinary storage with real numbers in it: not sparse, quantised, complex or without values."""
-    kinds = tensor.is_quantized or tensor.is_complex() or tensor.layout != torch.strided
-    return not kinds and tensor.device.type == "cpu" and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _check_entry(path: Path, entry: object) -> dict[str, Any]:
@@ -283,15 +279,6 @@ def load_plain(path: Path, map_location: Any = "cpu") -> Any:
         raise UserError(damaged) from error
 
 
-def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """The plain values in nested mappings and lists, each with its place."""
-    if isinstance(value, Mapping | list):
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(item, f"{where}.{key}")
-    else:
-        yield where.removeprefix("network."), value
-
-
 def build_network(checkpoint: Checkpoint) -> nn.Module:
     """The network with the checkpoint's weights, on the CPU, in eval mode.
 
@@ -305,17 +292,9 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
     name = arguments.pop("name", None)
     if not isinstance(name, str):
         raise UserError(f"{checkpoint.path}: incomplete checkpoint: 'network.name' is missing.\nUse another one.")
-    for key, value in _leaves(arguments, "network"):
-        if isinstance(value, int) and abs(value) > _LARGEST_ARGUMENT:
-            raise UserError(f"{checkpoint.path}: {key} of its network is {value!r:.40}: too large.\nDo not use this file.")
-        # timm takes hf-hub: and local-dir: names and fetches them, even without pretrained weights.
-        if isinstance(value, str) and any(mark in value for mark in ":/\\"):
-            raise UserError(
-                f"{checkpoint.path}: the network's {key} is {value!r:.200}, an outside address: refused.\n"
-                "Do not use this file."
-            )
+    check_arguments(checkpoint.path, arguments)
     try:
-        with _no_larger_than(checkpoint.state_dict):
+        with no_larger_than(checkpoint.state_dict):
             network: nn.Module = create_model(name, **arguments)
         wanted, given = network.state_dict(), checkpoint.state_dict
         missing = sorted(wanted.keys() - given.keys())
@@ -329,39 +308,17 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
                 "Use another checkpoint of the same run, or the visattn version that wrote it "
                 f"({checkpoint.versions.get('visattn', 'unknown')})."
             )
-        spoilt = [k for k, v in given.items() if v.is_floating_point() and not bool(torch.isfinite(v.float()).all())]
-        if spoilt:
-            raise UserError(
-                f"{len(spoilt)} of its weights hold NaN or infinite values (first: {spoilt[0]}): the training "
-                "diverged, or the file is damaged.\nUse another checkpoint."
-            )
+        check_finite(given)
         network.load_state_dict(given)
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{checkpoint.path}: its network cannot be built ({type(error).__name__}: {first[:200]}).\n"
+            "Use another checkpoint of the same run."
+        ) from error
     return network.eval()
-
-
-@contextmanager
-def _no_larger_than(weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Stop building a network that outgrows its weights by far, before its tensors take memory.
-
-    What a network is built with comes from the checkpoint, where anybody may have written another width or depth.
-    """
-    room = 2 * sum(value.numel() for value in weights.values()) + 2**25  # a backbone's classifier is built and dropped
-    tensors = 10 * len(weights) + 1000
-
-    def count(module: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal room, tensors
-        room -= 0 if parameter is None else parameter.numel()
-        tensors -= 1
-        if room < 0 or tensors < 0:
-            raise UserError("the network that it describes is far larger than its weights.\nDo not use this file.")
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def export_weights(checkpoint: Path | str, output: Path | str) -> tuple[Path, Path]:
@@ -401,12 +358,14 @@ def _read_exported(path: Path) -> tuple[object, dict[str, Tensor], str]:
 
     beside = path.with_suffix(".json")
     try:
-        text = beside.read_bytes()
+        text = read_small(beside, _MAX_DESCRIPTION)
         entry = json.loads(text)
     except FileNotFoundError:
         raise UserError(
             f"{path}: its description {beside.name} is not beside it.\nKeep the two files together."
         ) from None
+    except OSError as error:
+        raise UserError(f"{beside}: cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{beside}: damaged: not JSON.\nRun visattn export-weights again.") from error
     data = path.read_bytes()

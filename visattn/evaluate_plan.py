@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from visattn.data.cases import LAYOUTS
 from visattn.errors import UserError, unknown
+from visattn.files import read_small
 from visattn.labels import Labels
 from visattn.predict_plan import find_images, shown
 from visattn.predict_record import MANIFEST
@@ -70,9 +71,7 @@ def read_labels(path: Path) -> Labels:
         UserError: There is no such file, it is no YAML mapping, or the labels are no good.
     """
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"--labels {shown(path)}: {path.stat().st_size} bytes are too many for labels")
-        tree = read_yaml(path.read_text(encoding="utf-8"), str(path))
+        tree = read_yaml(read_small(path, MAX_BYTES).decode(), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
         raise UserError(f"--labels {shown(path)}: cannot be read: {reason}") from None

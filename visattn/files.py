@@ -1,10 +1,13 @@
 """Files that appear whole or not at all, and the files below a folder."""
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextmanager
@@ -40,6 +43,25 @@ def remove_leftovers(folder: Path | str) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def open_regular(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file to read from; a pipe or a device, from which reading may never end, is an `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe that nobody writes to would wait
+    with open(descriptor, "rb") as handle:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
+        yield handle
+
+
+def read_small(path: Path | str, most: int = 1 << 28) -> bytes:
+    """The bytes of a file that is read whole; more than `most` of them, or a pipe or a device, are an `OSError`."""
+    with open_regular(path) as handle:
+        data = handle.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most} bytes, which is too many for such a file", str(path))
+    return data
+
+
 def write_bytes_atomic(path: Path | str, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_write(path) as temporary:
@@ -51,6 +73,11 @@ def write_text_atomic(path: Path | str, text: str) -> None:
     write_bytes_atomic(path, text.encode())
 
 
+def _raise(error: OSError) -> None:
+    """What os.walk calls where a folder may not be listed; by default it leaves that folder out in silence."""
+    raise error
+
+
 def walk_files(folder: Path, skipped: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
     """Yield each folder below `folder`, itself first, with its files in order of their names.
 
@@ -58,7 +85,7 @@ def walk_files(folder: Path, skipped: Path | None = None) -> Iterator[tuple[Path
     """
     visited: set[str] = set()
     left_out = os.path.realpath(skipped) if skipped is not None else None
-    for root, folders, files in os.walk(folder, followlinks=True):
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         visited.add(os.path.realpath(root))  # a link to a folder above would lead in circles
         inner = [name for name in sorted(folders) if not name.startswith(".")]
         real = {name: os.path.realpath(os.path.join(root, name)) for name in inner}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visattn.errors import UserError
-from visattn.files import write_text_atomic
+from visattn.files import read_small, write_text_atomic
 
 FORMAT = 1
 FOLDS, SPLITS, CONFIG = "folds.json", "splits.json", "config.yaml"
@@ -75,7 +75,7 @@ def read_folds(folder: Path) -> Folds:
     """
     path = folder / FOLDS
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path, 1_000_000))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}.") from error
     content = content if isinstance(content, dict) else {}

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import yaml
 
 from visattn.data import DATA
 from visattn.errors import UserError, did_you_mean, unknown
+from visattn.files import read_small
 from visattn.folds_file import CONFIG, has_folds, read_folds
 from visattn.runs import recipe_of
 
@@ -53,15 +54,15 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             _refuse(self, "aliases (*name) are not supported: write the value out")
-        event = self.peek_event()
-        if getattr(event, "tag", None) is not None:  # even YAML's own make objects, or fail inside PyYAML
-            _refuse(self, f"tags ({event.tag}) are not supported: write the value alone")
+        tag = getattr(cast(Any, self).peek_event(), "tag", None)
+        if tag is not None:  # even YAML's own make objects, or fail inside PyYAML
+            _refuse(self, f"tags ({tag}) are not supported: write the value alone")
         self.depth += 1
         if self.depth > MAX_DEPTH:
             _refuse(self, "nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+        if node is not None and node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(None, None, "a number this long is not supported", node.start_mark)
         return node
 
@@ -130,11 +131,10 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: Path) -> dict[str, Any]:
     """The tree in the recipe file `path`, not yet checked."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a recipe")
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, MAX_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: cannot be read as text: {reason}") from None
     tree = read_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a recipe is a mapping with the keys {', '.join(TOP_LEVEL)}")
@@ -313,7 +313,7 @@ def describe_recipes() -> list[dict[str, Any]]:
                 "task": tree["model"]["class_path"].removesuffix("Task").lower(),
                 "network": " + ".join(str(network[key]) for key in ("name", "backbone") if key in network),
                 "data": str(data.get("root", "")),
-                "input": str(data.get("size", "")),
+                "input": str(data.get("patch") or data.get("size") or ""),
                 "epochs": tree.get("trainer", {}).get("max_epochs", ""),
                 "about": path.read_text(encoding="utf-8").splitlines()[0].lstrip("# "),
             }

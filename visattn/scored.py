@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from visattn.data.images import read_image, read_mask
 from visattn.errors import UserError
-from visattn.files import write_bytes_atomic, write_text_atomic
+from visattn.files import read_small, write_bytes_atomic, write_text_atomic
 from visattn.labels import Labels
 from visattn.metrics import METRICS
 from visattn.overlay import draw_overlay, write_png
@@ -44,6 +44,7 @@ _PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.c
 _TEXTS = ("case", "group", "class")
 # A spreadsheet would run a text that begins so; written with an apostrophe in front, which reading takes off again.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_COLUMNS = 1000  # of a table; ours have about twenty
 _LONGEST = 120  # bytes of a name within a file name
 _UNSAFE = frozenset('/\\:*?"<>|~%')  # some file system or program takes these amiss; ~ marks a changed name
 
@@ -131,8 +132,10 @@ def read_cases(path: Path) -> list[Row]:
         UserError: There is no such file, or it is no table of cases.
     """
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as handle:
-            rows = [{key: text or "" for key, text in row.items() if key} for row in csv.DictReader(handle)]
+        reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8", "surrogateescape"), newline=""))
+        if len(reader.fieldnames or ()) > _COLUMNS:  # each row gets them all, however short it is
+            raise ValueError(f"more than {_COLUMNS} columns")
+        rows = [{key: text or "" for key, text in row.items() if key} for row in reader]
         for row in rows:
             for key in _TEXTS:
                 text = row.get(key, "")
@@ -338,7 +341,7 @@ def write_overlays(
 
 def _read_json(path: Path, what: str) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(read_small(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}.\n{AGAIN}") from error
     except (ValueError, RecursionError) as error:

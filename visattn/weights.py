@@ -9,6 +9,7 @@ import logging
 import pickle
 import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visattn.archives import FOREIGN, check_saved
 from visattn.errors import UserError, unknown
 
 _logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ OFFICIAL = {
 Modules are named, not imported, because networks themselves import this file to read their backbones' weights.
 """
 
+_FORMATS = (struct.error, zipfile.BadZipFile)  # what readers of binary formats raise besides
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net")
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
@@ -127,6 +130,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             # A pickle protocol that torch does not write itself; what it cannot read, it refuses below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            check_saved(path, FOREIGN)
             return unwrap(torch.load(path, map_location="cpu", weights_only=True))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -138,7 +142,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                 "visattn reads tensors and plain values only; ask for the weights as .safetensors."
             ) from error
         raise UserError(f"{path}: no weights file: neither safetensors nor torch.save can read it.") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError, LookupError, OSError, struct.error) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        OSError,
+        struct.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise UserError(
             f"{path}: truncated or damaged weights file ({type(error).__name__}).\nCopy it again."
         ) from error
@@ -158,6 +171,8 @@ def unwrap(state: Any) -> dict[str, Tensor]:
             break
         state = inner[0]
     if not isinstance(state, Mapping) or not state:
+        if isinstance(state, Mapping):
+            raise UserError("the state dict is empty: it has to map names to tensors")
         raise UserError(f"holds no state dict (a mapping of names to tensors), but {type(state).__name__}")
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():

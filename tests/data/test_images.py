@@ -224,7 +224,7 @@ def test_files_that_are_no_images(tmp_path, content, message):
 def test_animations_and_pages_are_refused(tmp_path, suffix):
     frames = [Image.fromarray(PICTURE), Image.fromarray(255 - PICTURE)]
     frames[0].save(tmp_path / f"two{suffix}", save_all=True, append_images=frames[1:])
-    with pytest.raises(UserError, match="2 pictures"):
+    with pytest.raises(UserError, match="several pictures"):
         read_image(tmp_path / f"two{suffix}")
 
 

@@ -134,7 +134,7 @@ def test_output_that_cannot_be_written(tmp_path, checkpoint, monkeypatch):
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr(module, "Predictor", no_network)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a file"):
         predict_folder([tmp_path / "a.png"], checkpoint, tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         predict_folder([tmp_path / "a.png"], checkpoint, tmp_path / "file" / "out")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from visattn.errors import UserError
+from visattn.files import open_regular
 
 if TYPE_CHECKING:
     import torch  # takes seconds, and whoever only reads files needs none of it
@@ -210,7 +211,7 @@ def _opened(path: Path | str, load: bool = True) -> Iterator[Image.Image]:
     path = Path(path)
     try:
         # Given a path, Pillow maps a raw TIFF into memory and, where EXIF swaps its sides, scrambles it (13.0).
-        with path.open("rb") as handle, Image.open(handle, formats=_FORMATS) as image:
+        with open_regular(path) as handle, Image.open(handle, formats=_FORMATS) as image:
             _check_header(path, image)
             if load:
                 if image.format == "PNG":
@@ -237,7 +238,8 @@ def _opened(path: Path | str, load: bool = True) -> Iterator[Image.Image]:
     except PermissionError:
         raise UserError(f"{path}: cannot be read (permission denied)") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error ...
-        raise UserError(f"{path}: damaged or unreadable image ({str(error)[:120] or type(error).__name__})") from None
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)[:120] or type(error).__name__
+        raise UserError(f"{path}: damaged or unreadable image ({reason})") from None
 
 
 def _check_header(path: Path, image: Image.Image) -> None:
@@ -245,10 +247,9 @@ def _check_header(path: Path, image: Image.Image) -> None:
     if width * height > MAX_PIXELS:
         raise UserError(f"{path}: {width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     # MPO is what phones write: a JPEG followed by a preview of itself. The first picture is the photograph.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise UserError(
-            f"{path}: holds {getattr(image, 'n_frames', 0)} pictures (animation or pages); save the one you mean"
-        )
+    # Not n_frames: counting the pages of a TIFF takes time with the square of their number.
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise UserError(f"{path}: holds several pictures (animation or pages); save the one you mean")
 
 
 def _check_png(path: Path) -> None:
