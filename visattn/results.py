@@ -13,6 +13,7 @@ import torch
 from visattn import NOTICE
 from visattn.checkpoint import LIBRARIES
 from visattn.data.cases import PHANTOM
+from visattn.data.volumes import VolumeCase
 from visattn.errors import UserError
 from visattn.metrics import summarise
 from visattn.report import write_curves, write_report
@@ -22,12 +23,12 @@ from visattn.scored import (
     INPUTS,
     Input,
     read_inputs,
-    safe_name,
     write_cases,
     write_inputs,
     write_overlays,
     write_summary,
 )
+from visattn.scoring import mask_name
 from visattn.task import SegmentationTask
 from visattn.versions import library_versions
 
@@ -150,15 +151,16 @@ def _put_masks(folder: Path, cases: Sequence[Any]) -> list[Input]:
         path.unlink()
     inputs = []
     for case in cases:
-        mask = f"{safe_name(case.name)}.png"
+        volume = isinstance(case, VolumeCase)
+        mask = mask_name(case.name, 3 if volume else 2)
         drawn = case.root == PHANTOM  # by name, again and again
         inputs.append(
             Input(
                 case=case.name,
                 group=case.group,
                 root=case.root,
-                image=None if drawn else case.image,
-                truth=None if drawn else case.mask,
+                image=None if drawn else case.images[0] if volume else case.image,
+                truth=None if drawn else case.label if volume else case.mask,
                 prediction=masks / mask if (part / mask).is_file() else None,
             )
         )

@@ -8,25 +8,21 @@ from typing import Any, cast
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from visattn.checkpoint import KEY, PREFIX, checkpoint_metadata, read_checkpoint
 from visattn.errors import UserError
-from visattn.inference import predict_probabilities
 from visattn.labels import Labels
 from visattn.losses import build_loss
 from visattn.metrics import SegmentationMetrics, Suite
-from visattn.networks import check_network, create_model
+from visattn.networks import check_network, create_model, network_rank
 from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze, state_bytes
-from visattn.overlay import write_png
 from visattn.runs import is_first_process
-from visattn.scored import safe_name
+from visattn.scoring import THRESHOLD, score_images, score_volumes
 
 RAW = "visattn_raw"  # entry of the .ckpt with the weights that training goes on from, where state_dict is their average
-THRESHOLD = 0.5  # of the sigmoid, for binary labels and for regions
 
 
 class SegmentationTask(L.LightningModule):
@@ -103,7 +99,7 @@ class SegmentationTask(L.LightningModule):
         return {
             **self.config["network"],
             "pretrained": False,
-            "in_channels": self.data.preprocessing.channels,
+            "in_channels": self.data.preprocessing.in_channels,
             "classes": self.labels.channels,
             "activation": self.labels.activation,
         }
@@ -112,6 +108,7 @@ class SegmentationTask(L.LightningModule):
         """Build the network and the loss from the recipe and the data module's labels (once)."""
         if self.network is not None:
             return
+        self._check_rank()
         self.loss = build_loss(self.config["loss"], self.labels)
         pretrained = self.config["network"].get("pretrained", False) if self.init_from is None else False
         self.network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
@@ -130,6 +127,8 @@ class SegmentationTask(L.LightningModule):
         self.validation_metrics = SegmentationMetrics(self.labels)
         if self.ema is not None:
             self.average = WeightAverage(self.network, self.ema)
+        if self.data.preprocessing.rank == 3:
+            self.network.to(memory_format=torch.channels_last_3d)  # half the time on matrix units
         if self.compiled:
             self.network.compile()  # in place: no wrapper, so the names of the weights stay
 
@@ -193,20 +192,32 @@ class SegmentationTask(L.LightningModule):
 
     def _evaluate(self, batch: dict[str, Any]) -> Tensor:
         assert self.validation_metrics is not None
-        outputs = self(batch["image"])
-        size = batch["image"].shape[-2:]
-        targets = torch.cat([resize_indices(target, size) for target in batch["target"]]).to(self.device)
-        loss = cast(Tensor, self.loss(outputs, targets))
-        natives = [target.cpu().numpy() for target in batch["target"]]
-        probabilities = predict_probabilities(
-            lambda _: outputs, batch["image"], [target.shape for target in natives], self.labels.activation
-        )
-        for case, group, truth, probability in zip(batch["case"], batch["group"], natives, probabilities, strict=True):
-            predicted = self.labels.from_probabilities(probability, THRESHOLD)
-            self.validation_metrics.update(case, predicted, truth, probability, suite=self.suite, group=group)
+        volumes = self.data.preprocessing.rank == 3
+        if volumes:
+            loss, outcomes = score_volumes(
+                self, self.loss, batch, self.labels, self.device, self.data.window, self.data.batch_size
+            )
+        else:
+            loss, outcomes = score_images(self, self.loss, batch, self.labels, self.device)
+        suite: Suite = "volume" if volumes and self.suite == "full" else self.suite
+        for one in outcomes:
+            self.validation_metrics.update(
+                one.case, one.predicted, one.truth, one.probability, suite=suite, group=one.group, **one.units
+            )
             if self.masks is not None:  # each process its own cases; what was scored is what is written
-                write_png(self.masks / f"{safe_name(case)}.png", self.labels.decode(predicted))
-        return loss.detach()
+                one.write(self.masks, self.labels)
+        return loss
+
+    def _check_rank(self) -> None:
+        """Refuse a network for images where the data are volumes, and the other way round."""
+        wanted, given = self.data.preprocessing.rank, network_rank(self.config["network"])
+        if wanted != given:
+            name, kinds = self.config["network"]["name"], {2: "images", 3: "volumes"}
+            raise UserError(
+                f"model.network: '{name}' takes "
+                f"{kinds[given]} ({given} axes), the data are {kinds[wanted]} ({wanted} axes).\n"
+                f"Take a network for {kinds[wanted]} (visattn models), or data of {kinds[given]}."
+            )
 
     def on_validation_epoch_start(self) -> None:
         """Forget the cases of the epoch before."""
@@ -295,11 +306,6 @@ def _try_values(optimizer: dict[str, Any], schedule: dict[str, Any] | None, back
 def _tell(text: str) -> None:
     if is_first_process():
         print(text, file=sys.stderr)
-
-
-def resize_indices(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Class indices `(H, W)` to `(1, h, w)` by the nearest pixel, so that no class is invented between two others."""
-    return F.interpolate(target[None, None].float(), size=tuple(size), mode="nearest-exact")[0].to(torch.uint8)
 
 
 def initialise_from(network: nn.Module, path: str) -> str:

@@ -3,5 +3,8 @@
 The table holds import paths, so that listing the data modules imports none of them.
 """
 
-DATA = {"ImageMaskFolder": "visattn.data.image_mask_folder.ImageMaskFolder"}
+DATA = {
+    "ImageMaskFolder": "visattn.data.image_mask_folder.ImageMaskFolder",
+    "VolumeFolder": "visattn.data.volume_folder.VolumeFolder",
+}
 """Data modules that a recipe may name, and where they live."""

@@ -260,8 +260,13 @@ def raise_problems(problems: Sequence[str], count: int) -> None:
 
 def fingerprint(cases: Iterable[Case], checked: Iterable[Checked]) -> str:
     """SHA-256 over the names and bytes of all files, the same on every machine and in any order."""
+    return fingerprint_of((case.name, check.digest) for case, check in zip(cases, checked, strict=True))
+
+
+def fingerprint_of(digests: Iterable[tuple[str, str]]) -> str:
+    """As `fingerprint`, of names and digests."""
     total = hashlib.sha256()
-    for name, digest in sorted((case.name, check.digest) for case, check in zip(cases, checked, strict=True)):
+    for name, digest in sorted(digests):
         total.update(f"{name}\0{digest}\n".encode())
     return total.hexdigest()
 

@@ -26,7 +26,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 
 _INFO: dict[str, dict[str, Any]] = {**_agunet.INFO, "pranet": _pranet.INFO, "unet3d": _unet3d.INFO}
 
-__all__ = ["NETWORKS", "check_network", "create_model", "describe", "prediction"]
+__all__ = ["NETWORKS", "check_network", "create_model", "describe", "network_rank", "prediction"]
 
 
 def create_model(name: str, *, activation: str | None = None, **kwargs: Any) -> nn.Module:
@@ -42,8 +42,11 @@ def create_model(name: str, *, activation: str | None = None, **kwargs: Any) -> 
         UserError: An unknown network or argument (the nearest valid one is named), or a value that cannot be.
     """
     check_network({"name": name, "activation": activation, **kwargs})
-    if "activation" in inspect.signature(NETWORKS[name]).parameters:
+    parameters = inspect.signature(NETWORKS[name]).parameters
+    if "activation" in parameters:
         kwargs["activation"] = activation
+    if "pretrained" not in parameters:
+        kwargs.pop("pretrained", None)  # false, which says nothing to a network that has no weights to fetch
     return NETWORKS[name](**kwargs)
 
 
@@ -61,7 +64,7 @@ def check_network(config: Mapping[str, Any]) -> None:
         raise unknown("network", str(name), NETWORKS)
     valid = [*inspect.signature(NETWORKS[name]).parameters, "activation"]
     for key, value in config.items():
-        if key == "name":
+        if key == "name" or (key == "pretrained" and value is False):
             continue
         if key not in valid:
             raise UserError(
@@ -72,6 +75,12 @@ def check_network(config: Mapping[str, Any]) -> None:
             raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
         if key == "activation" and value not in (None, "sigmoid", "softmax"):
             raise UserError(f"network '{name}': activation must be sigmoid or softmax, got {value!r}")
+
+
+def network_rank(config: Mapping[str, Any]) -> int:
+    """Spatial axes of the data that the `network` block of a recipe takes: 2 for images, 3 for volumes."""
+    dims = inspect.signature(NETWORKS[config["name"]]).parameters.get("dims")
+    return 2 if dims is None else int(config.get("dims", dims.default))
 
 
 def describe() -> list[dict[str, Any]]:
