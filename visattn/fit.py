@@ -23,7 +23,7 @@ from visattn.checkpoint_io import AtomicCheckpointIO
 from visattn.errors import UserError
 from visattn.failures import explained
 from visattn.files import remove_leftovers, write_text_atomic
-from visattn.labels import Labels
+from visattn.members import parse_checkpoint
 from visattn.recipe_cli import RecipeCLI, parse
 from visattn.results import earlier_masks, start_scoring, write_results
 from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, recipe_of, start_run, write_run
@@ -113,6 +113,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     _check_machine(cli)
     refuse_unwritable(run or root, "--run" if run else "trainer.default_root_dir")
     task, data = _prepare(cli, name)
+    _adopt(data, checkpoint)
     data.setup("fit")  # finds what is wrong with the data before a folder is made or a network built
     if not data.cases["val"]:
         raise UserError("data.split: there are no validation cases, and best.ckpt is chosen on them; set split.val")
@@ -217,7 +218,7 @@ def _pass_on(stop: Stopped, trainer: Any, stopper: StopOnSignal) -> None:
 def _advice(cli: RecipeCLI) -> str:
     """Which keys need less memory when they are lowered, and what they are."""
     data = cli.config.data.init_args
-    keys = [f"data.{key} ({data[key]})" for key in ("batch_size", "size") if key in data]
+    keys = [f"data.{key} ({data[key]})" for key in ("batch_size", "size", "patch") if data.get(key)]
     precision = str(cli.config.trainer.precision or "32-true")
     more = "" if "16" in precision else f", or set trainer.precision ({precision}) to bf16-mixed"
     return f"Lower {' or '.join(keys)}{more}.\ntrainer.accumulate_grad_batches makes up for a smaller batch."
@@ -240,6 +241,7 @@ def evaluate(
     checkpoint, own = find_checkpoint(ckpt_path, root, name, run)
     _check_machine(cli)
     task, data = _prepare(cli, name)
+    _adopt(data, checkpoint)
     data.setup(stage)
     split = "val" if stage == "validate" else "test"
     if not data.cases[split]:
@@ -266,11 +268,17 @@ def evaluate(
     return 0
 
 
+def _adopt(data: Any, checkpoint: Path | None) -> None:
+    """Prepare volumes as they were for the checkpoint, whatever cases there are to learn from today."""
+    if checkpoint is not None and data.preprocessing.rank == 3:
+        data.adopt(read_checkpoint(checkpoint).preprocessing, str(checkpoint))
+
+
 def _check_weights(task: SegmentationTask, checkpoint: Path) -> None:
     """Refuse a checkpoint whose labels or weights are not those of the recipe."""
     assert task.network is not None
     content = read_checkpoint(checkpoint)
-    trained = Labels.from_config(**content.labels)
+    trained = parse_checkpoint(content)[0]
     # The values in the files may differ (0 and 1, 0 and 255); what the channels mean may not.
     if (trained.names, trained.regions) != (task.labels.names, task.labels.regions):
         raise UserError(

@@ -16,6 +16,7 @@ has on average. After Sechidis, Tsoumakas, Vlahavas, "On the Stratification of M
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -23,15 +24,34 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from visattn.data.cases import Case
+from visattn.data.expression import match_one_group
 from visattn.errors import UserError, unknown
-from visattn.files import write_text_atomic
+from visattn.files import read_small, write_text_atomic
 
 PARTS = ("train", "val", "test")
+_COLUMNS = 1000  # of a table of groups
+
+
+class Member(Protocol):
+    """A case, as far as dividing cases goes."""
+
+    @property
+    def name(self) -> str:
+        """Unique name."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """What must not be parted."""
+        ...
+
+
+M = TypeVar("M", bound=Member)
 
 
 @dataclass(frozen=True)
@@ -90,7 +110,7 @@ class Split:
         return split
 
 
-def find_groups(cases: Sequence[Case], group_by: str | None) -> list[str]:
+def find_groups(cases: Sequence[Member], group_by: str | None) -> list[str]:
     """The group of each case.
 
     Raises:
@@ -114,9 +134,7 @@ def find_groups(cases: Sequence[Case], group_by: str | None) -> list[str]:
     return [str(group) for group in groups]
 
 
-def split_cases(
-    cases: Sequence[Case], classes: Sequence[Collection[int]], split: Split, seed: int
-) -> dict[str, list[Case]]:
+def split_cases(cases: Sequence[M], classes: Sequence[Collection[int]], split: Split, seed: int) -> dict[str, list[M]]:
     """Divide the cases, which carry their groups, into train, val and test.
 
     Groups are divided alike by the rarest class that they hold, so that neither a rare class nor empty images gather in
@@ -144,8 +162,8 @@ def split_cases(
 
 
 def fold_cases(
-    cases: Sequence[Case], classes: Sequence[Collection[int]], split: Split, seed: int
-) -> list[dict[str, list[Case]]]:
+    cases: Sequence[M], classes: Sequence[Collection[int]], split: Split, seed: int
+) -> list[dict[str, list[M]]]:
     """Train, val and test cases of each of `split.folds` folds; a case that is no test case validates in one of them.
 
     Args:
@@ -164,17 +182,17 @@ def fold_cases(
     return [_parts(cases, test, val) for val in _deal(rest, classes, split.folds, rng)]
 
 
-def write_splits(path: Path | str, cases: Mapping[str, Sequence[Case]]) -> None:
+def write_splits(path: Path | str, cases: Mapping[str, Sequence[Member]]) -> None:
     """Write the names of the cases of each part, as `split.files` reads them."""
     write_text_atomic(path, json.dumps(part_names(cases), indent=1) + "\n")
 
 
-def part_names(cases: Mapping[str, Sequence[Case]]) -> dict[str, list[str]]:
+def part_names(cases: Mapping[str, Sequence[Member]]) -> dict[str, list[str]]:
     """The names of the cases of each part."""
     return {part: [case.name for case in cases[part]] for part in PARTS}
 
 
-def _groups(cases: Sequence[Case], needed: int) -> dict[str, list[int]]:
+def _groups(cases: Sequence[Member], needed: int) -> dict[str, list[int]]:
     """The cases of each group, by position, in the order of the cases' names: files may be listed in any order."""
     groups: dict[str, list[int]] = defaultdict(list)
     for i in sorted(range(len(cases)), key=lambda i: cases[i].name):
@@ -187,8 +205,8 @@ def _groups(cases: Sequence[Case], needed: int) -> dict[str, list[int]]:
     return dict(groups)
 
 
-def _parts(cases: Sequence[Case], test: Collection[str], val: Collection[str]) -> dict[str, list[Case]]:
-    result: dict[str, list[Case]] = {name: [] for name in PARTS}
+def _parts(cases: Sequence[M], test: Collection[str], val: Collection[str]) -> dict[str, list[M]]:
+    result: dict[str, list[M]] = {name: [] for name in PARTS}
     for case in sorted(cases, key=lambda case: case.name):
         result["test" if case.group in test else "val" if case.group in val else "train"].append(case)
     return result
@@ -274,26 +292,27 @@ def _contents(members: Sequence[int], classes: Sequence[Collection[int]]) -> "Co
     return found
 
 
-def _groups_of_expression(cases: Sequence[Case], expression: str) -> list[str | None]:
-    try:
-        pattern = re.compile(expression)
-    except re.error as error:
-        raise UserError(f"data.split.group_by: {expression!r} is no regular expression ({error})") from None
-    if pattern.groups != 1:
-        raise UserError(
-            f"data.split.group_by: {expression!r} needs exactly one group in parentheses, as in '^(patient[0-9]+)_', "
-            "or FILE.csv:COLUMN"
-        )
-    matches = [pattern.search(case.image.stem) for case in cases]
-    return [match[1] if match else None for match in matches]
+def _stem(case: Member) -> str:
+    """What `group_by` looks at: the stem of an image's file; for volumes, which may have many, the name in its root."""
+    return case.image.stem if isinstance(case, Case) else case.name.rpartition("/")[2]
 
 
-def _groups_of_table(cases: Sequence[Case], path: Path, column: str) -> list[str | None]:
+def _groups_of_expression(cases: Sequence[Member], expression: str) -> list[str | None]:
     try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle))
+        return match_one_group(expression, [_stem(case) for case in cases])
+    except ValueError as error:
+        raise UserError(f"data.split.group_by: {expression!r:.200} {error}") from None
+
+
+def _groups_of_table(cases: Sequence[Member], path: Path, column: str) -> list[str | None]:
+    try:
+        reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8-sig"), newline=""))
+        if len(reader.fieldnames or ()) > _COLUMNS:  # each row gets them all, however short it is
+            raise UserError(f"data.split.group_by: {path} has more than {_COLUMNS} columns; keep the two that count")
+        rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.split.group_by: cannot read {path} ({error})") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"data.split.group_by: cannot read {path} ({reason})") from None
     if not rows:
         raise UserError(f"data.split.group_by: {path} holds no rows")
     first = next(iter(rows[0]))
@@ -301,18 +320,20 @@ def _groups_of_table(cases: Sequence[Case], path: Path, column: str) -> list[str
         raise unknown(f"column of {path}", column, [key for key in rows[0] if key])
     groups: dict[str, str] = {}
     for row in rows:
-        stem = Path(row[first] or "").stem if Path(row[first] or "").suffix else (row[first] or "")
+        named = (row[first] or "").removesuffix(".gz")  # .nii.gz
+        stem = Path(named).stem if Path(named).suffix else named
         value = (row[column] or "").strip()
         if groups.setdefault(stem, value) != value:
             raise UserError(f"data.split.group_by: {path} puts '{stem}' into '{groups[stem]}' and into '{value}'")
-    return [groups.get(case.image.stem) or None for case in cases]
+    return [groups.get(_stem(case)) or None for case in cases]
 
 
-def _from_file(cases: Sequence[Case], path: Path, fold: int) -> dict[str, list[Case]]:
+def _from_file(cases: Sequence[M], path: Path, fold: int) -> dict[str, list[M]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"data.split.files: cannot read {path} ({error})") from None
+        content = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"data.split.files: cannot read {path} ({reason})") from None
     if isinstance(content, list) and content:
         if fold >= len(content):
             raise UserError(f"data.split.fold: {path} holds {len(content)} folds, 0 to {len(content) - 1}; got {fold}")
