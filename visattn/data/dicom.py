@@ -169,7 +169,7 @@ def _step(folder: Path, slices: list[_Slice], normal: NDArray[np.float64]) -> ND
             f"{folder}: {len(doubled)} slices lie on others, as {one} on {two}.\n"
             "Copies of files, or several echoes or time points? Keep one of each."
         )
-    usual = float(np.median(gaps))
+    usual = float(np.median(gaps[gaps < 1.5 * gaps.min()]))  # missing slices may leave more wide gaps than others
     off = np.flatnonzero(np.abs(gaps - usual) > max(_STEP_SHARE * usual, _STEP_MM))
     if len(off):
         at = int(off[0])
