@@ -120,28 +120,50 @@ def two_series(folder):
     write_series(folder, first=50, series="1.2.4", SeriesDescription="localizer")
 
 
+def other_size(folder):
+    write_series(folder, keep=[0])
+    write_slice(folder / "x", np.zeros((5, 9)), (9, 9, 9), *directions(0)[:2], (0.9, 1.3))
+
+
+def other_spacing(folder):
+    write_series(folder, keep=[0])
+    write_series(folder, keep=[1], spacing=(1, 1))
+
+
+def other_orientation(folder):
+    write_series(folder, keep=[0])
+    write_series(folder, 1, keep=[1])
+
+
+def doubled(folder):
+    write_series(folder)
+    write_series(folder, first=50)
+
+
+def with_tags(**tags):
+    return lambda folder: write_series(folder, **tags)
+
+
 BAD = {
     "mixed": (two_series, r"holds 2 series, t1 mprage \(6\), localizer \(6\).*folder of its own"),
-    "missing": (lambda f: write_series(f, keep=[0, 1, 3, 5]), r"2 of 6 slices are missing, the first between im005 and"),
-    "doubled": (lambda f: (write_series(f), write_series(f, first=50)), r"6 slices lie on others"),
+    "missing": (with_tags(keep=[0, 1, 3, 5]), r"2 of 6 slices are missing, the first between im005 and im003"),
+    "doubled": (doubled, r"6 slices lie on others"),
     "tilted": (
-        lambda f: write_series(f, step=lambda along, normal: 2.5 * normal + 0.5 * along),
+        with_tags(step=lambda along, normal: 2.5 * normal + 0.5 * along),
         r"gantry was tilted by 11\.3 degrees.*shear.*dcm2niix",
     ),
-    "size": (lambda f: write_series(f, keep=[0]) and write_slice(
-        f / "x", np.zeros((5, 9)), (9, 9, 9), *directions(0)[:2], (0.9, 1.3)), r"differs in size"),
-    "spacing": 
-        lambda f: (write_series(f, keep=[0]), write_series(f, keep=[1], spacing=(1, 1))), r"differs in pixel spacing"),
-    "turned": (lambda f: (write_series(f, keep=[0]), write_series(f, 1, keep=[1])), r"differs in orientation"),
-    "no position": (lambda f: write_series(f, ImagePositionPatient=None), r"lacks ImagePositionPatient"),
-    "no orientation": (lambda f: write_series(f, ImageOrientationPatient=None), r"lacks ImageOrientationPatient"),
-    "impossible": (lambda f: write_series(f, PixelSpacing=["0", "1"]), r"impossible position, orientation or pixel"),
-    "many frames": (lambda f: write_series(f, NumberOfFrames="3"), r"multi-frame.*dcm2niix"),
-    "colours": (lambda f: write_series(f, SamplesPerPixel=3), r"holds colours"),
-    "too few bytes": (lambda f: write_series(f, PixelData=bytes(20)), r"pixels cannot be read"),
-    "no pixels": (lambda f: write_series(f, PixelData=None), r"pixels cannot be read"),
-    "nothing": (lambda f: f.mkdir(), r"holds no DICOM images"),
-}  # fmt: skip
+    "size": (other_size, r"differs in size"),
+    "spacing": (other_spacing, r"differs in pixel spacing"),
+    "turned": (other_orientation, r"differs in orientation"),
+    "no position": (with_tags(ImagePositionPatient=None), r"lacks ImagePositionPatient"),
+    "no orientation": (with_tags(ImageOrientationPatient=None), r"lacks ImageOrientationPatient"),
+    "impossible": (with_tags(PixelSpacing=["0", "1"]), r"impossible position, orientation or pixel spacing"),
+    "many frames": (with_tags(NumberOfFrames="3"), r"multi-frame.*dcm2niix"),
+    "colours": (with_tags(SamplesPerPixel=3), r"holds colours"),
+    "too few bytes": (with_tags(PixelData=bytes(20)), r"pixels cannot be read"),
+    "no pixels": (with_tags(PixelData=None), r"pixels cannot be read"),
+    "nothing": (lambda folder: folder.mkdir(), r"holds no DICOM images"),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
