@@ -59,6 +59,8 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
     for key in ("lr", "weight_decay"):
         if key in keywords and (isinstance(keywords[key], bool) or not isinstance(keywords[key], int | float)):
             raise UserError(f"model.optimizer.{key}: must be a number, got '{keywords[key]}'")
+        if key in keywords and not 0 <= keywords[key] < math.inf:
+            raise UserError(f"model.optimizer.{key}: must be a finite number >= 0, got {keywords[key]}")
 
 
 def build_optimizer(config: Mapping[str, Any], network: nn.Module, backbone_lr_factor: float = 1.0) -> Optimizer:

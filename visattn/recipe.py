@@ -62,6 +62,8 @@ class _Loader(yaml.SafeLoader):
             _refuse(self, "nested too deeply")
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, yaml.ScalarNode) and "\0" in node.value:  # no path may hold it, and few say so kindly
+            raise yaml.constructor.ConstructorError(None, None, "a text with a NUL character", node.start_mark)
         if node is not None and node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(None, None, "a number this long is not supported", node.start_mark)
         return node

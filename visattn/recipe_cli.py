@@ -75,16 +75,28 @@ class RecipeCLI(LightningCLI):
     def build_trainer(self, **kwargs: Any) -> L.Trainer:
         """The Trainer of the recipe; `kwargs` win, and their callbacks are added to the recipe's."""
         own = self.config.trainer.as_dict()
+        if own["profiler"] == "xla":  # Lightning's own refusal ends in a traceback
+            raise UserError("trainer.profiler: xla needs a TPU; take simple, advanced or pytorch")
         given = own["callbacks"] or []
-        callbacks = [
-            _named(item["class_path"])(**item.get("init_args", {}))
-            for item in (given if isinstance(given, list) else [given])
-        ]
-        callbacks += kwargs.pop("callbacks", [])
+        more = kwargs.pop("callbacks", [])
         try:
-            return L.Trainer(**{**own, **kwargs, "callbacks": callbacks})
-        except (MisconfigurationException, ValueError) as error:
-            raise UserError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+            callbacks = [
+                _named(item["class_path"])(**item.get("init_args", {}))
+                for item in (given if isinstance(given, list) else [given])
+            ]
+            return L.Trainer(**{**own, **kwargs, "callbacks": [*callbacks, *more]})
+        except (
+            MisconfigurationException,
+            ArithmeticError,
+            ImportError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            # What Lightning says of a strategy, a device or a callback's value that cannot be.
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"trainer: {first[:300]}") from error
 
 
 def _named(path: str) -> Any:
@@ -117,6 +129,9 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in given:
                 raise UserError(f"{section}: the key '{key}' is missing from init_args of {path.rpartition('.')[2]}")
+    root = (tree.get("trainer") or {}).get("default_root_dir")
+    if isinstance(root, str) and "://" in root:
+        raise UserError(f"trainer.default_root_dir: '{root:.200}' is an address; name a folder of this machine")
     recipes.check_keys("trainer", tree.get("trainer") or {}, signature(L.Trainer).parameters)
     _check_callbacks((tree.get("trainer") or {}).get("callbacks") or [])
     try:

@@ -47,7 +47,14 @@ def create_model(name: str, *, activation: str | None = None, **kwargs: Any) -> 
         kwargs["activation"] = activation
     if "pretrained" not in parameters:
         kwargs.pop("pretrained", None)  # false, which says nothing to a network that has no weights to fetch
-    return NETWORKS[name](**kwargs)
+    try:
+        return NETWORKS[name](**kwargs)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"network '{name}' cannot be built with these arguments ({type(error).__name__}: {first[:300]}).\n"
+            f"Given: {', '.join(f'{key} {value!r:.60}' for key, value in kwargs.items())}"
+        ) from error
 
 
 def check_network(config: Mapping[str, Any]) -> None:
