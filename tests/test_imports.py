@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent / "visattn"
 # From the bottom up. A file or package imports only levels below its own, and its own inside.
 LEVELS: list[set[str]] = [
     {"errors", "versions"},
-    {"archives", "files", "labels", "signals"},
-    {"distrust", "folds_file", "scratch"},
+    {"archives", "cells", "files", "labels", "signals"},
+    {"distrust", "folds_file", "keras_file", "scratch"},
     {
         "attention",
         "data",
@@ -30,11 +30,11 @@ LEVELS: list[set[str]] = [
         "runs",
         "space",
     },
-    {"overlay3d"},
+    {"mask_files", "overlay3d"},
     {"backbones", "curves", "heads", "inference3d", "native_grid", "predict_plan", "recipe", "scored", "survey", "viz"},
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
-    {"checkpoint"},
+    {"checkpoint", "convert"},
     {"callbacks", "checkpoint_io", "members", "survival", "volume_inference"},
     {"volume_predictor"},
     {"predict_volumes", "predictor", "task"},
@@ -57,6 +57,7 @@ DOORS = {
     "timm": {"backbones/*", "networks/*", "weights.py"},
     "nibabel": {"data/_nifti_header.py"},
     "pydicom": {"data/dicom.py"},
+    "h5py": {"keras_file.py"},
     "natten": {"attention/_backend.py"},
     "flash_attn": {"attention/_backend.py"},
     "xformers": {"attention/_backend.py"},

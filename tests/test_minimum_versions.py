@@ -20,7 +20,7 @@ def requirements(text: str) -> list[Requirement]:
     """What a user may install: the dependencies and the extras but `dev` and `all`."""
     project = tomllib.loads(text)["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + [line for name in ("report", "natten", "dicom") for line in extras[name]]
+    lines = project["dependencies"] + [line for name in ("report", "natten", "dicom", "keras") for line in extras[name]]
     return [Requirement(line) for line in lines]
 
 

@@ -42,8 +42,8 @@ def _check_command(arguments: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _check_rest(parser: argparse.ArgumentParser, command: str, rest: Sequence[str]) -> None:
-    """Only commands that take a recipe accept further keys."""
-    if not rest or command in {"fit", "validate", "test", "doctor"}:
+    """Only commands that take a recipe or a network accept further keys."""
+    if not rest or command in {"fit", "validate", "test", "doctor", "convert"}:
         return
     name = rest[0].split("=")[0]
     guess = nearest(name, re.findall(r"--\w[\w-]*", parser.format_help()))

@@ -6,6 +6,7 @@ needs when it runs. Nothing heavy is imported here, so that `visattn --help` is 
 
 from visattn.commands import (
     compare,
+    convert,
     doctor,
     evaluate,
     export_weights,
@@ -18,5 +19,5 @@ from visattn.commands import (
     stages,
 )
 
-COMMANDS = (stages, predict, evaluate, compare, doctor, init, recipes, models, export_weights, phantom, gna)
+COMMANDS = (stages, predict, evaluate, compare, doctor, init, recipes, models, export_weights, convert, phantom, gna)
 """In the order of `visattn --help`."""
