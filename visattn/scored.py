@@ -25,12 +25,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.data.images import read_image, read_mask
+from visattn.cells import cell, text_of
+from visattn.data.images import read_image
+from visattn.data.volume_names import is_volume_name
 from visattn.errors import UserError
 from visattn.files import read_small, write_bytes_atomic, write_text_atomic
 from visattn.labels import Labels
-from visattn.metrics import METRICS
+from visattn.mask_files import read_any_mask, read_volumes
+from visattn.metrics import DETAILS, METRICS
 from visattn.overlay import draw_overlay, write_png
+from visattn.overlay3d import ACROSS, montage
 
 Row = dict[str, str]
 """A row of `cases.csv`: the measures as text, empty where undefined."""
@@ -41,9 +45,8 @@ AGAIN = "Make it again with visattn validate, test or evaluate."
 
 _GROUND = (58, 63, 72)  # grey that both white and cyan lines stand out from
 _PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.cases.PHANTOM)
+_HEAD = "head_"  # begins the names of its volumes (visattn.data.phantom_head)
 _TEXTS = ("case", "group", "class")
-# A spreadsheet would run a text that begins so; written with an apostrophe in front, which reading takes off again.
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _COLUMNS = 1000  # of a table; ours have about twenty
 _LONGEST = 120  # bytes of a name within a file name
 _UNSAFE = frozenset('/\\:*?"<>|~%')  # some file system or program takes these amiss; ~ marks a changed name
@@ -118,8 +121,7 @@ def write_cases(path: Path, rows: Sequence[Mapping[str, Any]], split: str) -> No
             for key, value in row.items()
         }
         for key in _TEXTS:
-            if _FORMULA.match(str(cells[key])):
-                cells[key] = f"'{cells[key]}"
+            cells[key] = cell(str(cells[key]))
         (careful if any("\r" in str(cells[key]) for key in _TEXTS) else writer).writerow(cells)
     # File names need not be UTF-8; they pass through as the bytes they are.
     write_bytes_atomic(path, text.getvalue().encode("utf-8", "surrogateescape"))
@@ -138,9 +140,8 @@ def read_cases(path: Path) -> list[Row]:
         rows = [{key: text or "" for key, text in row.items() if key} for row in reader]
         for row in rows:
             for key in _TEXTS:
-                text = row.get(key, "")
-                row[key] = text[1:] if text.startswith("'") and _FORMULA.match(text) else text
-            for key in METRICS:
+                row[key] = text_of(row.get(key, ""))
+            for key in (*METRICS, *DETAILS):
                 float(row.get(key) or "nan")
         if any(not row["case"] or not row["class"] for row in rows):
             raise ValueError("a row without case or class")
@@ -253,11 +254,16 @@ def load_case(
     """Read what there is of a case.
 
     Returns:
-        The image (H, W, 3) or None; the truth and, or None, the prediction as class indices (H, W).
+        The image (H, W, 3) or None; the truth and, or None, the prediction as class indices (H, W). Of a volume, its
+        three planes through the largest lesion side by side (`visattn.overlay3d`).
 
     Raises:
         UserError: A file is gone or cannot be read, sizes differ, or there is no truth.
     """
+    if is_volume(entry):
+        drawn, planes, others = montage(*read_volumes(entry.image, entry.truth or entry.case, entry.prediction, labels))
+        assert planes is not None
+        return drawn, planes, others
     image = None
     if entry.root == _PHANTOM and entry.truth is None:
         from visattn.data.cases import embedded  # draws 200 scenes
@@ -270,10 +276,8 @@ def load_case(
         raise UserError(f"{entry.case}: {INPUTS} names no true mask for this case.\n{AGAIN}")
     else:
         image = None if entry.image is None else read_image(entry.image, 3)
-        truth = labels.encode(read_mask(entry.truth), str(entry.truth))
-    prediction = None
-    if entry.prediction is not None:
-        prediction = labels.encode(read_mask(entry.prediction), str(entry.prediction))
+        truth = read_any_mask(entry.truth, labels).indices
+    prediction = None if entry.prediction is None else read_any_mask(entry.prediction, labels).indices
     for path, array in ((entry.image, image), (entry.prediction, prediction)):
         if array is not None and array.shape[:2] != truth.shape:
             raise UserError(
@@ -281,6 +285,26 @@ def load_case(
                 f"{truth.shape[1]} x {truth.shape[0]}."
             )
     return image, truth, prediction
+
+
+def is_volume(entry: Input) -> bool:
+    """Whether a case is a volume, which is shown by three planes."""
+    if entry.truth is None:
+        return entry.root == _PHANTOM and entry.case.startswith(_HEAD)
+    return is_volume_name(entry.truth)
+
+
+def draw_case(
+    entry: Input,
+    labels: Labels,
+    image: NDArray[np.uint8] | None,
+    prediction: NDArray[np.uint8],
+    truth: NDArray[np.uint8],
+    note: str = "",
+) -> NDArray[np.uint8]:
+    """Draw what `load_case` gave: outlines on the image or, without one, on a plain ground."""
+    ground = np.full((*truth.shape, 3), _GROUND, np.uint8) if image is None else image
+    return draw_overlay(ground, prediction, labels, truth, note, ACROSS if is_volume(entry) else 1)
 
 
 def choose(rows: Sequence[Mapping[str, Any]], count: int = PICTURES) -> dict[str, tuple[tuple[str, str], float]]:
@@ -330,12 +354,10 @@ def write_overlays(
             path.unlink()
     for prefix, (key, score) in choose(rows).items():
         image, truth, prediction = load_case(inputs[key], labels)
-        if image is None:
-            image = np.full((*truth.shape, 3), _GROUND, np.uint8)
         note = f"Dice {score:.3f}"
         if prediction is None:
             prediction, note = np.zeros_like(truth), f"{note}, no prediction"
-        picture = draw_overlay(image, prediction, labels, truth, note)
+        picture = draw_case(inputs[key], labels, image, prediction, truth, note)
         write_png(folder / "overlays" / f"{prefix}-{safe_name(key[1])}.png", picture)
 
 

@@ -156,11 +156,11 @@ def test_merges_and_splits_are_counted():
     truth = boxes((1, 1, 30), ((0, 1), (0, 1), (0, 5)), ((0, 1), (0, 1), (6, 11)), ((0, 1), (0, 1), (20, 30)))
     prediction = boxes((1, 1, 30), ((0, 1), (0, 1), (0, 11)), ((0, 1), (0, 1), (20, 23)), ((0, 1), (0, 1), (25, 30)))
     scores = row(prediction, truth)
-    assert (scores["merged"], scores["split"]) == (1, 1)
+    assert (scores["merges"], scores["splits"]) == (1, 1)
     assert [scores[f"{name}_large"] for name in ("true", "found", "false")] == [3, 2, 1]
     # one voxel of the second lesion, or less than half of a prediction, is neither
     nearly = boxes((1, 1, 30), ((0, 1), (0, 1), (0, 7)), ((0, 1), (0, 1), (20, 29)))
-    assert (row(nearly, truth)["merged"], row(nearly, truth)["split"]) == (0, 0)
+    assert (row(nearly, truth)["merges"], row(nearly, truth)["splits"]) == (0, 0)
 
 
 NOTHING = np.zeros((4, 5, 6), bool)

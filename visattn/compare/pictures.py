@@ -1,7 +1,7 @@
 """Pictures of a comparison: paired scores of all cases, and the outlines of those that differ most, side by side."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,11 @@ from visattn.errors import UserError
 from visattn.files import atomic_write
 from visattn.metrics import METRICS
 from visattn.metrics.paired import gains, pair_up
-from visattn.overlay import draw_overlay
 from visattn.report import picture_uri
-from visattn.scored import load_case
+from visattn.scored import Input, draw_case, load_case
 
 # Okabe and Ito's palette, as in visattn.curves; shapes tell the same as colours
 _BETTER, _WORSE, _GREY = "#0072B2", "#D55E00", "#777777"
-_NO_IMAGE = (52, 57, 66)  # the ground of outlines where the image is not known
 
 
 @dataclass(frozen=True)
@@ -53,13 +51,16 @@ def draw_pair(result: Result, change: Change) -> Pair:
     gain = f"{METRICS[result.measure].title} {number(change.gain, result.measure, True)}"
     pictures, reason = [], ""
     try:
-        images = [_load(run, change.case) for run in runs]
-        image = next((image for image, _, _ in images if image is not None), None)
-        for run, (_, truth, prediction) in zip(runs, images, strict=True):
+        entries = [_entry(run, change.case) for run in runs]
+        # One of the two may know the image. The planes of a volume can differ, where they go through the predictions.
+        known = next((entry.image for entry in entries if entry.image is not None), None)
+        entries = [replace(entry, image=entry.image or known) for entry in entries]
+        images = [_load(run, entry) for run, entry in zip(runs, entries, strict=True)]
+        for run, entry, (image, truth, prediction) in zip(runs, entries, images, strict=True):
             if prediction.shape != images[0][1].shape:
                 raise UserError("the true masks of the two runs differ in size.")
-            ground = np.full((*truth.shape, 3), _NO_IMAGE, np.uint8) if image is None else image
-            uri = picture_uri(draw_overlay(ground, prediction, run.scored.labels, truth), photograph=True)
+            picture = draw_case(entry, run.scored.labels, image, prediction, truth)
+            uri = picture_uri(picture, photograph=True)
             assert uri is not None  # only a file can fail
             pictures.append((run.name, _scores(run, row), uri))
     except UserError as error:
@@ -158,10 +159,14 @@ def _label(text: str) -> str:
     return clean if len(clean) <= 45 else f"{clean[:20]}…{clean[-24:]}"
 
 
-def _load(run: Run, case: tuple[str, str]) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], NDArray[np.uint8]]:
+def _entry(run: Run, case: tuple[str, str]) -> Input:
     entry = inputs_of(run).get(case)
     if entry is None:
         raise UserError(f"{run.name} does not say where the files of this case are.")
+    return entry
+
+
+def _load(run: Run, entry: Input) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8], NDArray[np.uint8]]:
     image, truth, prediction = load_case(entry, run.scored.labels)
     if prediction is None:
         if "prediction" not in run.scored.summary:

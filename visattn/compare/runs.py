@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from visattn.data.images import read_mask
 from visattn.errors import UserError
 from visattn.labels import Labels
+from visattn.mask_files import read_any_mask
 from visattn.metrics.table import CaseTable
 from visattn.scored import CASES, Input, Scored, read_scored
 
@@ -202,8 +202,11 @@ def _check_truth(baseline: Run, run: Run) -> None:
 
 
 def _same_mask(labels: Labels, first: Path, second: Path) -> bool:
-    masks = [labels.encode(read_mask(path), str(path)) for path in (first, second)]
-    return np.array_equal(masks[0], masks[1])
+    masks = [read_any_mask(path, labels) for path in (first, second)]
+    places = [mask.geometry for mask in masks]
+    if places[0] is not None and places[1] is not None and not places[0].same_grid(places[1]):
+        return False
+    return np.array_equal(masks[0].indices, masks[1].indices)
 
 
 def _check_presence(baseline: Run, run: Run) -> None:

@@ -42,7 +42,7 @@ PATIENT_DICE = 0.25
 DETAILS = (
     *("true_ml", "predicted_ml"),
     *("true_small", "found_small", "false_small", "true_large", "found_large", "false_large"),
-    *("merged", "split"),
+    *("merges", "splits"),
 )
 """What a row holds beside the scores of the suite "volume": volumes, and numbers of lesions below and from 3 ml."""
 
@@ -214,9 +214,9 @@ def lesion_measures(lesions: Lesions, voxel_ml: float, rule: LesionRule = RULE) 
     both = counts[lesions.pairs[:, 0]] & could_count[lesions.pairs[:, 1]]
     (true, predicted), common = lesions.pairs[both].T, lesions.common[both]
     inside = np.bincount(predicted[2 * common > lesions.true[true]], minlength=1)
-    details["merged"] = float(np.count_nonzero(inside >= 2))
+    details["merges"] = float(np.count_nonzero(inside >= 2))
     inside = np.bincount(true[2 * common > lesions.predicted[predicted]], minlength=1)
-    details["split"] = float(np.count_nonzero(inside >= 2))
+    details["splits"] = float(np.count_nonzero(inside >= 2))
     return {f"lesion_{name}": value for name, value in _scores(_lesions_of(details)).items()} | details
 
 
