@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import visattn
-from visattn.cli import main
+from visattn.cli import _build_parser, main
 
 
 def test_help_runs_in_a_fresh_process_without_importing_torch():
@@ -21,6 +21,17 @@ def test_help_runs_in_a_fresh_process_without_importing_torch():
     assert visattn.NOTICE in done.stdout
     for command in ("fit", "validate", "test", "predict", "recipes", "models", "export-weights", "phantom"):
         assert f"\n    {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in _build_parser()[1])], ids=lambda command: "".join(command)
+)
+def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) >= 80] == []
 
 
 def test_module_and_command_are_the_same(tmp_path):

@@ -75,6 +75,16 @@ def test_encode_with_three_far_labels_refuses_what_lies_between():
         labels.encode(np.array([0, 190]), "m.jpg")
 
 
+def test_masks_of_0_and_1_and_noisy_ones_of_0_and_255_share_a_map():
+    labels = Labels.from_config({"background": 0, "polyp": [255, 1]})
+    assert labels.encode(np.array([0, 1, 1]), "m.png").tolist() == [0, 1, 1]
+    assert labels.encode(np.array([0, 1, 255]), "m.png").tolist() == [0, 1, 1]
+    assert labels.encode(np.array([0, 1, 3, 127, 128, 251, 255]), "m.jpg").tolist() == [0, 0, 0, 0, 1, 1, 1]
+    for mask in ([0, 1, 2], [0, 1, 2, 255]):  # classes that the map does not name, not noise
+        with pytest.raises(UserError, match="value 2 "):
+            labels.encode(np.array(mask), "m.png")
+
+
 def test_encode_needs_exact_values_where_labels_are_close():
     labels = Labels.from_config({"background": 0, "a": 10, "b": 20})
     with pytest.raises(UserError, match="value 9 "):

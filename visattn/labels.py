@@ -8,7 +8,7 @@ Three kinds of numbers appear in a segmentation task, and this file is the one p
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -119,7 +119,9 @@ class Labels:
 
         A value matches exactly. Where all labels lie at least 16 apart, noise is forgiven too: with two values any
         value between them goes to the nearer one (JPEG masks with 0-8 and 247-255, soft edges); with more, a value
-        within 8 of a label goes to it, because half-way from the first to the third label would be the second.
+        within 8 of a label goes to it, because half-way from the first to the third label would be the second. A list
+        as [255, 1] reads masks of 0 and 1 exactly, and noisy ones (a value of 16 and above that no label is) as if the
+        1 were not in it.
 
         Args:
             array: Integers of any shape.
@@ -143,6 +145,10 @@ class Labels:
             )
         indices: NDArray[np.uint8] = table[array]
         wrong = indices == _UNKNOWN
+        wide = _wide(self)
+        if wide is not None and (array[wrong] >= _SAFE_GAP).any():
+            indices = _table(wide, len(table))[array]
+            wrong = indices == _UNKNOWN
         if wrong.any():
             values = np.unique(array[wrong])
             listed = ", ".join(str(value) for value in values[:6]) + (", ..." if len(values) > 6 else "")
@@ -270,6 +276,17 @@ def _gap(labels: Labels) -> int:
     owned += [(value, -1) for value in labels.ignore]
     owned.sort()
     return min(after[0] - before[0] for before, after in pairwise(owned) if before[1] != after[1])
+
+
+@lru_cache(maxsize=16)
+def _wide(labels: Labels) -> Labels | None:
+    """The map without its small alternatives, as 255 for [255, 1], if that leaves room for noise; else None."""
+    if _gap(labels) >= _SAFE_GAP:
+        return None
+    large = [tuple(value for value in group if not 0 < value < _SAFE_GAP) for group in labels.values]
+    values = tuple(kept or group for kept, group in zip(large, labels.values, strict=True))
+    wide = replace(labels, values=values)
+    return wide if _gap(wide) >= _SAFE_GAP else None
 
 
 @lru_cache(maxsize=16)

@@ -8,9 +8,11 @@ from typing import Any
 from visattn.errors import UserError, nearest
 
 _EPILOG = """\
-With --config the recipe's data is examined as training would read and divide it; its keys can be set after the options,
-as for fit: --data.root DIR  --data.split.val 0.2
-The exit code is 1 if there is an error, 0 if there are only warnings, 2 if there was nothing to examine."""
+With --config the recipe's data is examined as training would read and divide
+it; its keys can be set after the options, as for fit:
+  --data.root DIR  --data.split.val 0.2
+The exit code is 1 if there is an error, 0 if there are only warnings, 2 if
+there was nothing to examine."""
 
 
 def add(commands: Any) -> None:
@@ -22,7 +24,9 @@ def add(commands: Any) -> None:
         description=text,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="visattn doctor [-h] [--json] [--groups FILE] (DIR | --config RECIPE [--data.KEY VALUE ...])",
+        usage="visattn doctor [-h] [--json] [--groups FILE] DIR\n"
+        "       visattn doctor [-h] [--json] [--groups FILE] --config RECIPE\n"
+        "                      [--data.KEY VALUE ...]",
     )
     # DIR is not declared: argparse would take the value of the recipe's --data.KEY for it.
     parser.add_argument("--config", "-c", action="append", metavar="RECIPE", help="examine the data of a recipe")

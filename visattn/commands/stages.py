@@ -6,8 +6,10 @@ from typing import Any
 
 RECIPE_HELP = """\
 Every key of the recipe can be set after the options, for example
-  --data.root DIR  --model.network.backbone convnext_tiny  --trainer.devices 2  --trainer.max_epochs 20
---data.folds N and --data.group_by EXPR are short for --data.split.folds and --data.split.group_by.
+  --data.root DIR  --trainer.devices 2  --trainer.max_epochs 20
+  --model.network.backbone convnext_tiny
+--data.group_by EXPR and --data.folds N are short for --data.split.group_by and
+--data.split.folds.
 --print_config prints the complete recipe with every key and its value."""
 
 
