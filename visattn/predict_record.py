@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from visattn import NOTICE
+from visattn.cells import cell
 from visattn.errors import UserError
 from visattn.files import read_small, write_bytes_atomic
 from visattn.predict_plan import AnyCase, Planned, shown
@@ -44,6 +45,7 @@ class Entry:
         error: Why it failed.
         notes: What a user should know of the input.
         peak_mb: The process's largest memory until the case was done; 0 where it was not measured.
+        case: The case's name, where it is not that of the mask.
     """
 
     image: str
@@ -58,6 +60,7 @@ class Entry:
     error: str = ""
     notes: list[str] = field(default_factory=list)
     peak_mb: float = 0.0
+    case: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,12 +285,6 @@ def _entry(values: Mapping[str, Any], sizes: int) -> Entry:
     if entry.state == "done" and len(entry.size) != sizes:
         raise ValueError(f"size of {entry.mask}")
     return entry
-
-
-def cell(value: object) -> str:
-    """A value for a CSV cell. A text that a spreadsheet would run as a formula gets an apostrophe in front."""
-    text = "" if value is None else str(value)
-    return f"'{text}" if isinstance(value, str) and text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def file_hash(path: Path) -> str:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from predict_fakes import blocks, manifest, mask, rows, save_image, tree
 
+from visattn.cells import cell, text_of
 from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.predict import predict_folder
 from visattn.predict_plan import Case, find_images, fitted_name, plan_cases, shown
-from visattn.predict_record import cell
 
 
 def test_a_bad_image_fails_alone(tmp_path, checkpoint, capsys):
@@ -195,9 +195,11 @@ def test_hostile_names(tmp_path, checkpoint, capsys):
 
 def test_small_helpers():
     assert cell("=1") == "'=1"
-    assert cell(-1.5) == "-1.5"
+    assert cell(-1.5) == -1.5
     assert cell(None) == ""
     assert cell("a=1") == "a=1"
+    for text in ("=1", "'=1", "''@", "'", "a", ""):
+        assert text_of(str(cell(text))) == text
     assert shown("a\nb\x1b\u202e\udcff é") == r"a\nb\x1b\u202e\udcff é"
     assert fitted_name("a", ".png") == "a.png"
     one, two = fitted_name("é" * 200 + "1", "_prob.png"), fitted_name("é" * 200 + "2", "_prob.png")

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from visattn import NOTICE, __version__
+from visattn.cells import cell
 from visattn.compare.runs import Case, Run
 from visattn.metrics import METRICS
 from visattn.metrics.intervals import mean_of_means
@@ -21,7 +21,6 @@ SHOWN = 3  # cases on either side that differ most
 RESAMPLES = 2000
 LEVEL = 0.95
 FAMILY = "within each measure, over all runs and all classes with their mean"
-_FORMULA = re.compile(r"'*[=+\-@\t\r]")  # as in visattn.scored: what a spreadsheet would run
 _FEW = 10  # groups; with fewer, intervals cover less than they say
 
 
@@ -116,7 +115,7 @@ class Result:
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writeheader()
         for row in rows:
-            writer.writerow({key: _cell(value) for key, value in row.items()})
+            writer.writerow({key: cell(value) for key, value in row.items()})
         return text.getvalue()
 
 
@@ -181,9 +180,3 @@ def _plain(entry: Difference) -> dict[str, Any]:
     values["class"] = values.pop("name")
     order = ["class", *(key for key in values if key != "class")]
     return {key: None if isinstance(values[key], float) and math.isnan(values[key]) else values[key] for key in order}
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, str) and _FORMULA.match(value):
-        return f"'{value}"
-    return "" if value is None else value
