@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from visattn.data.geometry import TOLERANCE_MM, Geometry
 
-_SAMPLES = 24  # points along each axis at which the common extent is measured
+_SAMPLES = 40  # points along each axis at which the common extent is measured
 
 
 def index_map(source: Geometry, target: Geometry) -> NDArray[np.float64]:
