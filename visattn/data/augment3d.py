@@ -30,7 +30,7 @@ Matrix = NDArray[np.float64]
 Size3 = tuple[int, int, int]
 
 THICK = 3.0
-"""From this ratio of the largest to the smallest voxel side on, slices are thick."""
+"""Above this ratio of the largest to the smallest voxel side slices are thick."""
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,7 @@ class Augmenter3d:
 
         Each side is longer than the patch's by an even number, so that the middle of both is the same.
         """
-        half = np.array(patch) * spacing / 2
-        needed = half.copy()
+        half = needed = np.array(patch) * spacing / 2
         for entry in self.entries:
             if not isinstance(entry, Affine) or entry.p == 0:
                 continue
