@@ -132,7 +132,7 @@ def test_every_entry_matters():
         ),
         (lambda s: s.update({"agg1.conv5.bias": torch.zeros(1, dtype=torch.int64)}), ["agg1.conv5.bias holds"]),
         (lambda s: s.update({"agg1.conv5.bias": "text"}), ["'agg1.conv5.bias'", "is no tensor, but str"]),
-        (lambda s: s.clear(), ["holds no state dict"]),
+        (lambda s: s.clear(), ["the state dict is empty"]),
     ],
 )
 def test_a_state_dict_that_does_not_fit(official, network, change, texts):
