@@ -225,7 +225,8 @@ def _advice(cli: RecipeCLI) -> str:
 
 
 def _check_machine(cli: RecipeCLI) -> None:
-    """Refuse a precision for which Lightning would silently take another."""
+    """Refuse what Lightning refuses, before any work; and a precision for which it would silently take another."""
+    cli.build_trainer(logger=False, enable_model_summary=False)
     given = cli.config.trainer
     gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
     if str(given.precision) in {"16", "16-mixed"} and (given.accelerator == "cpu" or not gpu):
