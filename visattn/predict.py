@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from visattn.checkpoint import LIBRARIES
+from visattn.checkpoint import LIBRARIES, Checkpoint
 from visattn.data.images import prepare, read_image
 from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
@@ -65,6 +65,7 @@ def predict_folder(
     tta: TestTimeAugmentation = "none",
     device: str = "auto",
     overwrite: bool = False,
+    members: Sequence[Checkpoint] | None = None,
 ) -> int:
     """Predict masks for `inputs` into the folder `output`.
 
@@ -79,6 +80,7 @@ def predict_folder(
         tta: `flips` averages over mirror images.
         device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda` or `mps`.
         overwrite: Do finished cases again, and replace files that visattn did not write.
+        members: The checkpoints, if they were read before.
 
     Returns:
         0 if every case has its mask, 1 if some failed.
@@ -94,7 +96,7 @@ def predict_folder(
     images = find_images([Path(given) for given in inputs], output)
     place = find_device(device)
     with output_folder(output) as case_sensitive:
-        members = read_members(checkpoint)
+        members = tuple(members or read_members(checkpoint))
         content = members[0]
         labels = parse_checkpoint(content)[0]
         if labels.activation == "softmax" and threshold != 0.5:

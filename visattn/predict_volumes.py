@@ -1,0 +1,191 @@
+"""`visattn predict` for volumes: a mask in the grid of every scan.
+
+While the network works on one case, threads read the next and write the last one, as far as memory allows. Where
+memory is bounded and a case is too large for it, its large arrays lie in files instead. A bad case fails alone; the
+batch goes on and the exit code tells.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from visattn.checkpoint import LIBRARIES, Checkpoint
+from visattn.data.volumes import find_volume_cases
+from visattn.errors import UserError
+from visattn.files import write_text_atomic
+from visattn.inference3d import ViewsOf3d
+from visattn.members import rank_of, read_members
+from visattn.predict_plan import output_folder, shown
+from visattn.predict_record import MANIFEST, Entry, Record, Table
+from visattn.predict_volumes_measure import COLUMNS
+from visattn.predict_volumes_plan import VolumeOutput, Wanted, check_disk, plan_volumes
+from visattn.predict_volumes_report import REPORT, write_report
+from visattn.predict_volumes_run import FATAL, Run, grids_of
+from visattn.versions import library_versions
+from visattn.volume_predictor import Precision, VolumePredictor
+
+RULES = 1  # raise it when the same weights and settings begin to give other files
+
+
+def _of_volume(entry: Entry) -> dict[str, Any]:
+    return {
+        "case": entry.case,
+        "image": entry.image,
+        "mask": entry.mask,
+        "seconds": round(entry.seconds, 3),
+        "size": " x ".join(map(str, entry.size)),
+    }
+
+
+VOLUMES = Table("volumes.csv", ("case", *COLUMNS, "seconds", "size", "image", "mask"), 3, _of_volume)
+
+
+def predict_volumes(
+    inputs: Sequence[Path | str],
+    checkpoint: Path | str,
+    output: Path | str,
+    *,
+    cases_csv: Path | str | None = None,
+    probabilities: bool = False,
+    uncertainty: bool = False,
+    overlays: bool = False,
+    bids: bool = False,
+    overlap: float = 0.5,
+    tta: ViewsOf3d = "none",
+    precision: Precision = "auto",
+    memory: int | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    members: Sequence[Checkpoint] | None = None,
+) -> int:
+    """Predict masks for `inputs` into the folder `output`.
+
+    Args:
+        inputs: NIfTI files, folders of DICOM files, and folders that are searched with their subfolders.
+        checkpoint: What `visattn.load` takes, of a network for volumes.
+        output: Gets `<case>_mask.nii.gz` with the recipe's label values on the voxels of the first channel's file;
+            `volumes.csv`, `report.html` and `manifest.json` lie beside them.
+        cases_csv: A table with the columns `case` and one for each channel.
+        probabilities: Also write `<case>_prob.nii.gz`, float32, a fourth axis for several channels.
+        uncertainty: Also write `<case>_uncertainty.nii.gz`, the entropy from 0 to 1; with `tta` or folds also
+            `<case>_variance.nii.gz`.
+        overlays: Also draw the three planes through the largest lesion.
+        bids: Name the files as BIDS derivatives.
+        overlap: Share by which neighbouring windows overlap.
+        tta: `flips` averages over eight mirror images.
+        precision: `auto`, `float32` or `bfloat16`; see `VolumePredictor`.
+        memory: Bytes that the process may take; None: most of what is free.
+        device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda` or `mps`.
+        overwrite: Do finished cases again, and replace files that visattn did not write.
+        members: The checkpoints, if they were read before.
+
+    Returns:
+        0 if every case has its mask, 1 if some failed.
+
+    Raises:
+        UserError: Nothing could be started, or the disk is full. What was finished is kept and recorded.
+    """
+    output = Path(output)
+    with output_folder(output) as case_sensitive:
+        members = tuple(members or read_members(checkpoint))
+        if rank_of(members[0]) != 3:
+            raise UserError(f"{shown(checkpoint)}: its network takes images, not volumes")
+        predictor = VolumePredictor(members, device, overlap, tta, precision)
+        channels = predictor.preprocessing.channels
+        table = None if cases_csv is None else Path(cases_csv)
+        found, problems = find_volume_cases([Path(given) for given in inputs], channels, table, skip=output)
+        wanted = Wanted(probabilities, uncertainty, uncertainty and predictor.engine.members > 1, overlays, bids)
+        planned = plan_volumes(found, problems, output, wanted, case_sensitive)
+        record = Record(output, _settings(predictor), _about(predictor, checkpoint), fresh=overwrite, table=VOLUMES)
+        todo = record.unfinished(planned, overwrite)
+        grids = grids_of(todo)
+        check_disk(todo, grids, output, predictor.labels)
+        if len(members) > 1:
+            print(f"mean of {len(members)} folds: {shown(checkpoint)}", file=sys.stderr)
+        failed = 0
+        started = time.monotonic()
+        try:
+            record.start(todo)
+            if todo:
+                failed = Run(predictor, record, output, memory).run(todo, grids)
+            _finish(output, record, predictor, bids)
+        except KeyboardInterrupt:
+            print("stopped. What is finished is recorded; the same command goes on from here", file=sys.stderr)
+            raise
+        except OSError as error:
+            if error.errno not in FATAL:
+                raise
+            raise UserError(
+                f"--output {shown(output)}: {error.strerror}. Finished masks are whole and recorded.\n"
+                "Make room and give the same command again to go on."
+            ) from error
+        _tell_end(output, record, planned, len(todo), failed, time.monotonic() - started)
+    return 1 if failed else 0
+
+
+def _settings(predictor: VolumePredictor) -> dict[str, Any]:
+    """What decides a mask besides the scan. Memory bound and device do not."""
+    engine = predictor.engine
+    hashes = [member.sha256 for member in predictor.checkpoints]
+    return {
+        "weights": hashes if len(hashes) > 1 else hashes[0],
+        "overlap": engine.overlap,
+        "tta": engine.tta,
+        "precision": "float32" if engine.autocast is None else "bfloat16",
+        "rules": RULES,
+    }
+
+
+def _about(predictor: VolumePredictor, checkpoint: Path | str) -> dict[str, Any]:
+    first, members = predictor.checkpoints[0], predictor.checkpoints
+    return {
+        "versions": library_versions(LIBRARIES),
+        "checkpoint": {"path": str(first.path), "sha256": first.sha256}
+        if len(members) == 1
+        else {"path": str(checkpoint), "folds": [{"path": str(m.path), "sha256": m.sha256} for m in members]},
+        "recipe": first.recipe,
+        "labels": first.labels,
+        "preprocessing": first.preprocessing,
+        "training_data": first.data,
+        "device": str(predictor.device),
+    }
+
+
+def _finish(output: Path, record: Record, predictor: VolumePredictor, bids: bool) -> None:
+    """Write what tells of all cases together."""
+    write_report(output, record, predictor)
+    if bids:
+        write_text_atomic(output / "dataset_description.json", _description(predictor))
+        values = zip(predictor.labels.names, predictor.labels.values, strict=True)
+        lines = ["index\tname", *(f"{value[0]}\t{' '.join(name.split())}" for name, value in values)]
+        write_text_atomic(output / "desc-visattn_dseg.tsv", "\n".join(lines) + "\n")
+
+
+def _description(predictor: VolumePredictor) -> str:
+    versions = library_versions(["visattn"])
+    content = {
+        "Name": "visattn segmentations",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "visattn", "Version": versions["visattn"]}],
+        "Weights": hashlib.sha256("".join(m.sha256 for m in predictor.checkpoints).encode()).hexdigest(),
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _tell_end(
+    output: Path, record: Record, planned: Sequence[VolumeOutput], todo: int, failed: int, seconds: float
+) -> None:
+    kept = len(planned) - todo
+    parts = [f"{todo - failed} predicted in {seconds:.0f} s"]
+    parts += [f"{kept} unchanged and kept"] if kept else []
+    parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
+    print(", ".join(parts), file=sys.stderr)
+    print(f"masks: {shown(output)} ({VOLUMES.file}, {REPORT}, {MANIFEST})", file=sys.stderr)
+    if record.others:
+        text = f"{record.others} masks of other weights or settings lie there too; they are not in {VOLUMES.file}"
+        print(text, file=sys.stderr)

@@ -1,0 +1,356 @@
+"""One pass over the cases: read ahead, predict, write behind; within a bound on memory."""
+
+import errno
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from visattn.data.geometry import Geometry
+from visattn.data.nifti import StreamWriter
+from visattn.data.volume_preprocessing import Plan, Size3
+from visattn.data.volumes import image_geometry, read_case
+from visattn.errors import UserError
+from visattn.overlay import write_png
+from visattn.overlay3d import draw_planes
+from visattn.predict_plan import shown
+from visattn.predict_record import MANIFEST, Entry, Record, file_hash, inputs_hash
+from visattn.predict_volumes_measure import measure, slabs
+from visattn.predict_volumes_plan import VolumeOutput
+from visattn.progress import Bar
+from visattn.scratch import Scratch, release
+from visattn.volume_inference import Maps
+from visattn.volume_predictor import VolumePredictor
+
+FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+_SHARE = 0.7  # of the free memory that is taken if nothing was said
+_LEAST = 256 * 2**20  # bytes that a bounded case needs beside the network
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A case that waits for the network."""
+
+    sha256: str
+    prepared: NDArray[np.float32]  # (C, D, H, W)
+    plan: Plan
+    geometry: Geometry
+    shown: NDArray[np.float32] | None  # the first channel, kept if an overlay is wanted
+    notes: list[str]
+    seconds: float
+
+
+def grids_of(outputs: Sequence[VolumeOutput]) -> list[Geometry]:
+    """The grids of the cases from their headers; a grid of one voxel where that is known to fail."""
+    unknown = Geometry((1, 1, 1), np.eye(4))
+    grids = []
+    for entry in outputs:
+        try:
+            grids.append(unknown if entry.case is None else _quiet_geometry(entry))
+        except UserError:
+            grids.append(unknown)  # told when its turn comes
+    return grids
+
+
+def _quiet_geometry(entry: VolumeOutput) -> Geometry:
+    from visattn.data.nifti import collect_warnings
+
+    assert entry.case is not None
+    with collect_warnings():  # they are told when the case is read
+        return image_geometry(entry.case)
+
+
+class Run:
+    """Predicts cases one after the other.
+
+    Args:
+        predictor: The networks.
+        record: What has been done.
+        output: The folder.
+        memory: Bytes that the process may take; None: most of what is free.
+    """
+
+    def __init__(self, predictor: VolumePredictor, record: Record, output: Path, memory: int | None) -> None:
+        self.predictor, self.record, self.output = predictor, record, output
+        self.engine = predictor.engine
+        self.memory = memory
+        self.failed = 0
+        self.writing: tuple[VolumeOutput, Future[Entry]] | None = None
+
+    def run(self, outputs: Sequence[VolumeOutput], grids: Sequence[Geometry]) -> int:
+        """Predict `outputs`, whose grids are `grids`, and return how many failed."""
+        counts = [0 if entry.case is None else self._windows(grid) for entry, grid in zip(outputs, grids, strict=True)]
+        self._tell_start(outputs, grids, counts)
+        self.left = self._left()
+        pool = ThreadPoolExecutor(2, thread_name_prefix="visattn")
+        ahead: Future[Ready] | None = None
+        try:
+            with Bar("predicting", sum(counts)) as self.bar:
+                expected = 0
+                for index, (entry, grid) in enumerate(zip(outputs, grids, strict=True)):
+                    self.bar.expect(sum(counts), f"case {index + 1} of {len(outputs)}, windows")
+                    expected += counts[index]
+                    small = self._need(grid) <= self.left / 4
+                    if not small:
+                        self._collect()
+                    scratch = Scratch(None if self._need(grid) <= self.left else self.output)
+                    current, ahead = ahead or pool.submit(self._read, entry, scratch), None
+                    ready = self._result(entry, current)
+                    following = index + 1 < len(outputs) and self._need(grids[index + 1]) <= self.left / 4
+                    if small and following:
+                        ahead = pool.submit(self._read, outputs[index + 1], Scratch())
+                    if ready is not None:
+                        counts[index] = self.engine.grid(ready.plan.size).count  # known only after cropping
+                        expected = sum(counts[: index + 1])
+                        self.bar.expect(sum(counts), self.bar.title)
+                        self._predict(pool, entry, ready, scratch)
+                    del ready
+                    self.bar.advance(expected - self.bar.count)  # those of a case that failed
+                self._collect()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._save_at_the_end()
+        return self.failed
+
+    def _windows(self, grid: Geometry) -> int:
+        return self.engine.grid(self._size(grid)).count
+
+    def _size(self, grid: Geometry) -> Size3:
+        """The size on the network's grid, as far as the header tells: without cropping."""
+        empty = np.broadcast_to(np.float32(0), (self.predictor.preprocessing.in_channels, *grid.shape))
+        whole = replace(self.predictor.preprocessing, crop_foreground=False)
+        return whole.plan(empty, grid).size
+
+    def _need(self, grid: Geometry) -> float:
+        """Bytes that a case takes if all of it lies in memory."""
+        channels, outputs = self.predictor.preprocessing.in_channels, self.predictor.labels.channels
+        native, there = math.prod(grid.shape), self._size(grid)
+        depth = min((self.engine.patch or there)[0], there[0])
+        return (
+            native * (12 * channels + 8) + 4 * channels * math.prod(there) + 12 * outputs * depth * math.prod(there[1:])
+        )
+
+    def _left(self) -> int:
+        """Bytes for the cases, when one window has been through the network."""
+        taken = peak_bytes()
+        if self.memory is None:
+            return int(_SHARE * free_bytes())
+        if self.memory - taken < _LEAST:
+            raise UserError(
+                f"--memory: {self.memory / 2**30:.1f} GiB do not suffice: libraries, network and one window take "
+                f"{taken / 2**30:.1f} GiB.\nGive at least {(taken + _LEAST) / 2**30:.1f}G."
+            )
+        return self.memory - taken
+
+    def _tell_start(self, outputs: Sequence[VolumeOutput], grids: Sequence[Geometry], counts: Sequence[int]) -> None:
+        """Time one call of the network and say how long all will take."""
+        cases = [(grid, count) for grid, count in zip(grids, counts, strict=True) if count]
+        if not cases:
+            return
+        size = self.engine.patch
+        share = 1.0
+        if size is None:  # whole volumes: an eighth of the first one tells as much
+            d, h, w = self._size(cases[0][0])
+            size = (max(1, d // 2), max(1, h // 2), max(1, w // 2))
+            share = d * h * w / math.prod(size)
+        seconds = share * self._time(size)
+        total = sum(count for _, count in cases)
+        windows = f"{total} windows of {' x '.join(map(str, size))}, " if self.engine.patch else ""
+        precision = "" if self.engine.autocast is None else ", bfloat16"
+        print(
+            f"{len(outputs)} case{'s' if len(outputs) > 1 else ''}, {windows}about {duration(seconds * total)} "
+            f"on {self.predictor.device}{precision}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    @torch.no_grad()
+    def _time(self, size: Size3) -> float:
+        """Seconds of one window."""
+        shape = (self.engine.batch, self.predictor.preprocessing.in_channels, *size)
+        seconds = 0.0
+        for _ in range(2):  # the first call also chooses kernels
+            started = time.perf_counter()
+            try:
+                windows = torch.zeros(shape, device=self.engine.device)
+                self.engine.call(windows.to(memory_format=self.engine.memory_format))
+            except torch.OutOfMemoryError:
+                shape = (max(1, shape[0] // 2), *shape[1:])
+                continue
+            if self.predictor.device.type == "cuda":
+                torch.cuda.synchronize(self.predictor.device)
+            seconds = (time.perf_counter() - started) / shape[0]
+            if seconds > 5:
+                break
+        return seconds
+
+    def _read(self, entry: VolumeOutput, scratch: Scratch) -> Ready:
+        started = time.monotonic()
+        if entry.case is None:
+            raise UserError(entry.error)
+        sha256 = inputs_hash(entry.inputs)
+        array, geometry, notes = read_case(entry.case)
+        prepared, plan = self.predictor.preprocessing.forward(array, geometry)
+        kept = array[0] if entry.overlay else None
+        return Ready(sha256, prepared.numpy(), plan, geometry, kept, notes, time.monotonic() - started)
+
+    def _predict(self, pool: ThreadPoolExecutor, entry: VolumeOutput, ready: Ready, scratch: Scratch) -> None:
+        started = time.monotonic()
+        for note in ready.notes:
+            self.bar.say(f"note: {shown(' '.join(note.split()))}")
+        try:
+            maps = self.engine.run(
+                ready.prepared,
+                ready.plan,
+                scratch,
+                strip_bytes=self._strip_bytes(scratch),
+                with_probabilities=entry.probabilities is not None,
+                with_uncertainty=entry.uncertainty is not None,
+                advance=self.bar.advance,
+            )
+        except torch.OutOfMemoryError:
+            self._fail(entry, f"{entry.image}: the device's memory does not suffice; try --device cpu")
+            return
+        except MemoryError:
+            self._fail(entry, f"{entry.image}: memory does not suffice; try --memory")
+            return
+        except ValueError as error:
+            if "rows are fewer" not in str(error):
+                raise
+            self._fail(entry, f"{entry.image}: --memory does not suffice for its windows; give more")
+            return
+        seconds = ready.seconds + time.monotonic() - started
+        self._collect()
+        task = pool.submit(self._write, entry, replace(ready, prepared=ready.prepared[:, :0]), maps, seconds)
+        self.writing = entry, task
+        if scratch.folder is not None:
+            self._collect()
+
+    def _strip_bytes(self, scratch: Scratch) -> int | None:
+        if self.predictor.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.predictor.device)[0] * 0.5)
+        return None if scratch.folder is None else self.left // 2
+
+    def _write(self, entry: VolumeOutput, ready: Ready, maps: Maps, seconds: float) -> Entry:
+        """Write one case's files, the mask last."""
+        started = time.monotonic()
+        labels, geometry = self.predictor.labels, ready.geometry
+        maps_of = {
+            entry.probabilities: maps.probabilities,
+            entry.uncertainty: maps.entropy,
+            entry.variance: maps.variance,
+        }
+        for file, volume in maps_of.items():
+            if file is not None and volume is not None:
+                _write_map(self.output / file, volume, geometry)
+        if entry.overlay is not None and ready.shown is not None:
+            write_png(
+                self.output / entry.overlay,
+                draw_planes(ready.shown, geometry, np.ascontiguousarray(maps.indices), labels),
+            )
+        dtype = labels.decode(np.zeros(1, np.uint8)).dtype.type
+        with StreamWriter(self.output / entry.mask, geometry, dtype, labels=True) as writer:
+            for part in slabs(geometry.shape, 2**21):
+                writer.append(labels.decode(np.asarray(maps.indices[:, :, part])))
+                release(maps.indices)
+        rows = measure(maps.indices, geometry, labels)
+        return Entry(
+            image=str(entry.image),
+            mask=entry.mask,
+            state="done",
+            settings=self.record.settings_id,
+            input_sha256=ready.sha256,
+            files={file: file_hash(self.output / file) for file in entry.files},
+            size=list(geometry.shape),
+            seconds=round(seconds + time.monotonic() - started, 3),
+            rows=rows,
+            notes=ready.notes,
+            peak_mb=round(peak_bytes() / 1e6, 1),
+            case=entry.name,
+        )
+
+    def _collect(self) -> None:
+        """Wait for the case that is being written, if there is one."""
+        if self.writing is not None:
+            (entry, future), self.writing = self.writing, None
+            done = self._result(entry, future)
+            if done is not None:
+                self.record.done(entry, done)
+
+    def _result(self, entry: VolumeOutput, future: "Future[Any]") -> Any:
+        """What a thread made of a case; its error, if any, fails the case and not the run."""
+        try:
+            return future.result()
+        except UserError as error:
+            self._fail(entry, str(error))
+        except OSError as error:
+            if error.errno in FATAL:
+                raise
+            self._fail(entry, f"{error.filename or entry.image}: {error.strerror or error}")
+        except MemoryError:
+            self._fail(entry, f"{entry.image}: memory does not suffice for this volume; try --memory")
+        return None
+
+    def _fail(self, entry: VolumeOutput, error: str) -> None:
+        self.failed += 1
+        self.record.failed(entry, error)
+        if self.failed <= 20:
+            self.bar.say(f"failed: {shown(' '.join(error.split()))}")
+        elif self.failed == 21:
+            self.bar.say(f"failed: more; all are listed in {MANIFEST}")
+
+    def _save_at_the_end(self) -> None:
+        try:
+            if self.writing is not None:  # after an interruption: what was written meanwhile
+                entry, future = self.writing
+                if future.done() and not future.cancelled() and future.exception() is None:
+                    self.record.done(entry, future.result())
+            self.record.save()
+        except OSError:
+            if sys.exception() is None:
+                raise  # else the disk is full, and that is being told already
+
+
+def _write_map(path: Path, volume: NDArray[np.float32], geometry: Geometry) -> None:
+    """Write a map (I, J, K), or several (channels, I, J, K) along a fourth axis, a few planes at a time."""
+    channels = len(volume) if volume.ndim == 4 and len(volume) > 1 else None
+    with StreamWriter(path, geometry, np.float32, channels) as writer:
+        for one in volume if volume.ndim == 4 else [volume]:
+            for part in slabs(geometry.shape, 2**22):
+                writer.append(one[:, :, part])
+                release(volume)
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 12 s, 3 min, 2.5 h."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_bytes() -> int:
+    """The process's largest memory until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes() -> int:
+    """Memory that is free, or can be freed without harm."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:  # no Linux
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
