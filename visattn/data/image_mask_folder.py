@@ -1,6 +1,7 @@
 """The data module for folders of images with masks."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from visattn.data.cases import (
     with_groups,
 )
 from visattn.data.dataset import EvaluationSet, TrainingBatch, TrainingSet, collate_evaluation
-from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, Preprocessing
 from visattn.data.loading import free_cores, make_loader, progress
 from visattn.data.loading import rank as _rank
 from visattn.data.sampler import EpochSampler, ShardSampler
@@ -32,6 +33,7 @@ from visattn.data.splits import Split, find_groups, fold_cases, split_cases, wri
 from visattn.errors import UserError
 from visattn.labels import Labels
 
+MOST_WORKERS = 256
 _log = logging.getLogger(__name__)
 
 
@@ -263,6 +265,8 @@ class ImageMaskFolder(LightningDataModule):
         for key, value, low in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers or 0, 0)):
             if value < low:
                 raise UserError(f"data.{key}: needs a whole number of at least {low}, got {value}")
+        if (self.num_workers or 0) > MOST_WORKERS:
+            raise UserError(f"data.num_workers: at most {MOST_WORKERS} processes, got {self.num_workers}")
         if not all(0 < scale <= 4 for scale in self.scales):
             raise UserError(f"data.scales: needs factors above 0 and up to 4, got {self.scales}")
 
@@ -271,6 +275,8 @@ def _size(size: int | Sequence[int]) -> tuple[int, int]:
     sides = [size, size] if isinstance(size, int) else list(size)
     if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
         raise UserError(f"data.size: needs one side or [height, width] in pixels, got {size!r}")
+    if sides[0] * sides[1] > MAX_PIXELS:
+        raise UserError(f"data.size: {sides[0]} x {sides[1]} pixels are more than the limit of {MAX_PIXELS}")
     return sides[0], sides[1]
 
 
@@ -279,6 +285,10 @@ def _per_channel(
 ) -> tuple[float, ...]:
     if values is None:
         return tuple(default) if channels == 3 else (round(sum(default) / len(default), 3),)
-    if len(values) != channels or (key == "std" and not all(value > 0 for value in values)):
+    if (
+        len(values) != channels
+        or (key == "std" and not all(value > 0 for value in values))
+        or not all(map(math.isfinite, values))
+    ):
         raise UserError(f"data.{key}: needs {channels} numbers{' above 0' if key == 'std' else ''}, got {values!r}")
     return tuple(float(value) for value in values)
