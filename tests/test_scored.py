@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visattn.data.cases import PHANTOM, embedded
@@ -41,6 +41,7 @@ FILE_NAMES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(names=st.lists(FILE_NAMES, min_size=1, unique=True))
 def test_any_name_of_a_file_comes_back_from_the_table(names, tmp_path_factory):
     path = tmp_path_factory.mktemp("cases") / "cases.csv"
@@ -58,6 +59,7 @@ def test_a_spreadsheet_runs_no_name(tmp_path):
     assert [r["case"] for r in read_cases(tmp_path / "cases.csv")] == ["=cmd|x", "'+1"]
 
 
+@settings(deadline=None)
 @given(names=st.lists(FILE_NAMES, min_size=2, unique=True))
 def test_safe_names_are_fit_for_files_and_differ(names):
     safe = [safe_name(name) for name in names]

@@ -312,7 +312,7 @@ def _groups_of_table(cases: Sequence[Member], path: Path, column: str) -> list[s
         rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"data.split.group_by: cannot read {path} ({reason})") from None
+        raise UserError(f"data.split.group_by: cannot read {path} ({reason}){_from_where(path)}") from None
     if not rows:
         raise UserError(f"data.split.group_by: {path} holds no rows")
     first = next(iter(rows[0]))
@@ -328,12 +328,16 @@ def _groups_of_table(cases: Sequence[Member], path: Path, column: str) -> list[s
     return [groups.get(_stem(case)) or None for case in cases]
 
 
+def _from_where(path: Path) -> str:
+    return "" if path.is_absolute() or path.exists() else "; relative paths count from where visattn is called"
+
+
 def _from_file(cases: Sequence[M], path: Path, fold: int) -> dict[str, list[M]]:
     try:
         content = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"data.split.files: cannot read {path} ({reason})") from None
+        raise UserError(f"data.split.files: cannot read {path} ({reason}){_from_where(path)}") from None
     if isinstance(content, list) and content:
         if fold >= len(content):
             raise UserError(f"data.split.fold: {path} holds {len(content)} folds, 0 to {len(content) - 1}; got {fold}")
