@@ -18,7 +18,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -117,9 +116,8 @@ class TrainingProgress(ProgressBar):
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             TextColumn("{task.fields[scores]}"),
         )
         self._bar = Progress(*columns, console=Console(stderr=True))
