@@ -31,7 +31,7 @@ LEVELS: list[set[str]] = [
         "space",
     },
     {"mask_files", "overlay3d"},
-    {"backbones", "curves", "heads", "inference3d", "native_grid", "predict_plan", "recipe", "scored", "survey", "viz"},
+    {"backbones", "curves", "heads", "inference3d", "predict_plan", "recipe", "scored", "survey", "viz"},
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
     {"checkpoint", "convert", "evaluate_show"},

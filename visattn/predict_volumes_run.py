@@ -35,6 +35,7 @@ from visattn.volume_predictor import VolumePredictor
 FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _SHARE = 0.7  # of the free memory that is taken if nothing was said
+_MOST_DRAWN = 2**25  # voxels
 _LEAST = 256 * 2**20  # bytes that a bounded case needs beside the network
 
 
@@ -200,8 +201,8 @@ class Run:
         if entry.case is None:
             raise UserError(entry.error)
         sha256 = inputs_hash(entry.inputs)
-        array, geometry, notes = read_case(entry.case)
-        prepared, plan = self.predictor.preprocessing.forward(array, geometry)
+        array, geometry, notes = read_case(entry.case, scratch=scratch)
+        prepared, plan = self.predictor.preprocessing.forward(array, geometry, scratch)
         kept = array[0] if entry.overlay else None
         return Ready(sha256, prepared.numpy(), plan, geometry, kept, notes, time.monotonic() - started)
 
@@ -255,10 +256,7 @@ class Run:
             if file is not None and volume is not None:
                 _write_map(self.output / file, volume, geometry)
         if entry.overlay is not None and ready.shown is not None:
-            write_png(
-                self.output / entry.overlay,
-                draw_planes(ready.shown, geometry, np.ascontiguousarray(maps.indices), labels),
-            )
+            write_png(self.output / entry.overlay, draw_planes(*_coarse(ready.shown, geometry, maps.indices), labels))
         dtype = labels.decode(np.zeros(1, np.uint8)).dtype.type
         with StreamWriter(self.output / entry.mask, geometry, dtype, labels=True) as writer:
             for part in slabs(geometry.shape, 2**21):
@@ -320,6 +318,16 @@ class Run:
         except OSError:
             if sys.exception() is None:
                 raise  # else the disk is full, and that is being told already
+
+
+def _coarse(
+    image: NDArray[np.float32], geometry: Geometry, indices: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], Geometry, NDArray[np.uint8]]:
+    """Of a very large volume every second voxel, or third: a picture shows no more."""
+    step = math.ceil((indices.size / _MOST_DRAWN) ** (1 / 3))
+    image, indices = image[::step, ::step, ::step], np.ascontiguousarray(indices[::step, ::step, ::step])
+    i, j, k = indices.shape
+    return image, Geometry((i, j, k), geometry.affine @ np.diag([step, step, step, 1.0])), indices
 
 
 def _write_map(path: Path, volume: NDArray[np.float32], geometry: Geometry) -> None:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from visattn.data.native_grid import Band, bands, native_rows, to_native
 from visattn.data.volume_preprocessing import Plan, Size3
 from visattn.inference3d import (
     VIEWS,
@@ -30,7 +31,6 @@ from visattn.inference3d import (
     window_logits,
 )
 from visattn.labels import Labels, own_labels
-from visattn.native_grid import Band, bands, native_rows, to_native
 from visattn.scratch import Pieces, Scratch, release
 
 _CHUNK = 2**18  # voxels that are looked at together; they fit a core's cache

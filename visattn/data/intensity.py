@@ -5,7 +5,7 @@ What is not finite takes part in no statistic and becomes 0, the mean. Statistic
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +21,8 @@ Method = Literal["zscore", "zscore_masked", "percentile", "ct", "none"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _BINS = 256  # of Otsu's histogram
+_PART = 2**22  # values that are looked at together
+_MOST_MASKED = 2**27  # voxels that a body is searched in
 _MOST = 2_000_000  # voxels that a percentile is taken of; more change it by less than a thousandth
 
 
@@ -81,42 +83,101 @@ class Normalise:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Normalise one channel (D, H, W), float32; the input is left alone."""
-        finite = torch.isfinite(values)
-        whole = bool(finite.all())
-        known = values if whole else values[finite]
-        if known.numel() == 0:
-            return torch.zeros_like(values)
+        return self.fit(values)(values)
+
+    def fit(self, values: Tensor) -> "Scale":
+        """What is to be done with one channel (D, H, W), float32, found a part at a time."""
         if self.name == "none":
-            result = values.clone()
-        elif self.name == "percentile":
-            low, high = percentiles(known, self.percentiles)
-            result = (values.clamp(low, high) - low) / (high - low) if high > low else torch.zeros_like(values)
-        elif self.name == "ct":
+            return Scale()
+        if self.name == "ct":
             if self.low is None or self.high is None or self.mean is None or self.std is None:
                 raise ValueError("the statistics of 'ct' are not known yet")
-            result = (values.clamp(self.low, self.high) - self.mean) / self.std
-        else:
-            inside = known
-            if self.name == "zscore_masked":
-                mask = body_mask(torch.where(finite, values, known.min()).numpy())
-                inside = values[torch.from_numpy(mask) & finite] if mask.any() else known
-            mean, std = _moments(inside)
-            result = (values - mean) / std if std > 0 else torch.zeros_like(values)
-        return result if whole else torch.where(finite, result, 0.0)
+            return Scale(self.mean, self.std, self.low, self.high)
+        if self.name == "percentile":
+            finite = torch.isfinite(values)
+            low, high = percentiles(values if finite.all() else values[finite], self.percentiles)
+            return Scale(low, high - low if high > low else math.inf, low, high)
+        flat, inside = values.reshape(-1), None
+        if self.name == "zscore_masked":
+            inside = torch.from_numpy(_coarse_mask(values)).reshape(-1)
+            if not inside.any():
+                inside = None
+            elif len(inside) != len(flat):
+                step = _mask_step(values)
+                flat = values[::step, ::step, ::step].reshape(-1)
+        return Scale(*_moments(flat, inside))
 
 
-def _moments(values: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation, each in one pass and in float64."""
-    array = values.numpy()
-    mean = float(array.mean(dtype=np.float64))
-    std = float(array.std(dtype=np.float64))
+@dataclass(frozen=True)
+class Scale:
+    """Values clipped, shifted and divided; what is not finite becomes 0.
+
+    Args:
+        shift: What is taken off.
+        unit: What the rest is divided by.
+        low: Values below it become it.
+        high: Values above it become it.
+    """
+
+    shift: float = 0.0
+    unit: float = 1.0
+    low: float | None = None
+    high: float | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The result for any part of the channel."""
+        finite = torch.isfinite(values)
+        result = values.clone() if self.low is None else values.clamp(self.low, self.high)
+        result.sub_(self.shift).div_(self.unit)
+        return result if finite.all() else torch.where(finite, result, 0.0)
+
+
+def _moments(flat: Tensor, inside: Tensor | None) -> tuple[float, float]:
+    """Mean and standard deviation of the finite values (N,) `inside`, in float64, a part at a time.
+
+    The deviation is infinite where there is none, so that a constant image becomes 0.
+    """
+
+    def parts() -> Iterator[NDArray[np.float64]]:
+        for low in range(0, len(flat), _PART):
+            part = flat[low : low + _PART].numpy()
+            if inside is not None:
+                part = part[inside[low : low + _PART].numpy()]
+            finite = np.isfinite(part)
+            yield (part if finite.all() else part[finite]).astype(np.float64)
+
+    count, total = 0, 0.0
+    for part in parts():
+        count, total = count + len(part), total + float(part.sum())
+    if not count:
+        return 0.0, math.inf
+    mean = total / count
+    std = math.sqrt(sum(float(np.square(part - mean).sum()) for part in parts()) / count)
     # A constant image has no spread, but rounding gives it some.
-    return mean, 0.0 if std <= 1e-6 * max(abs(mean), 1e-12) else std
+    return mean, math.inf if std <= 1e-6 * max(abs(mean), 1e-12) else std
+
+
+def _mask_step(values: Tensor) -> int:
+    """Every how many voxels of each axis are looked at to find the body; 1 up to 512 x 512 x 512 voxels."""
+    return math.ceil(np.cbrt(values.numel() / _MOST_MASKED))
+
+
+def _coarse_mask(values: Tensor) -> NDArray[np.bool_]:
+    step = _mask_step(values)
+    part = values[::step, ::step, ::step]
+    finite = torch.isfinite(part)
+    if not finite.any():
+        return np.zeros(part.shape, bool)
+    mask = body_mask((part if finite.all() else torch.where(finite, part, part[finite].min())).numpy())
+    inside: NDArray[np.bool_] = mask & finite.numpy()
+    return inside
 
 
 def percentiles(values: Tensor, shares: Sequence[float]) -> tuple[float, float]:
     """Two percentiles of all values, of an even sample of them where there are very many."""
     flat = values.reshape(-1)
+    if not len(flat):
+        return 0.0, 0.0
     step = math.ceil(flat.numel() / _MOST)
     low, high = np.percentile(flat[::step].numpy(), list(shares))
     return float(low), float(high)

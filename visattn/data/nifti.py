@@ -38,6 +38,7 @@ from visattn.data._nifti_header import (
 from visattn.data.geometry import Geometry
 from visattn.errors import UserError
 from visattn.files import atomic_write
+from visattn.scratch import Scratch, release
 
 __all__ = [
     "BUDGET",
@@ -58,6 +59,7 @@ BUDGET = 16 * 2**30
 
 _EXPANSION = 1040  # deflate cannot do better than 1032:1
 _SURPLUS = 2**20  # bytes behind the voxels that are padding; more is something else
+_PART = 2**22  # voxels that are scaled together
 _INTEGER = 1e-3  # how far a label may be from a whole number: 0.99999997 is 1
 _MAX_LABEL = 65535
 
@@ -88,7 +90,7 @@ def read_header(path: Path | str, channel_axis: int | None = None, budget: int =
 
 
 def read(
-    path: Path | str, channel_axis: int | None = None, budget: int = BUDGET
+    path: Path | str, channel_axis: int | None = None, budget: int = BUDGET, scratch: Scratch | None = None
 ) -> tuple[NDArray[np.float32], Geometry]:
     """Read a volume and its geometry.
 
@@ -96,6 +98,7 @@ def read(
         path: A `.nii` or `.nii.gz` file.
         channel_axis: As for `read_header`.
         budget: Bytes that the volume may take as float32.
+        scratch: Where the voxels lie.
 
     Returns:
         Values (I, J, K), or (C, I, J, K) with a channel axis, scaled as the header says; NaN and infinities are left.
@@ -103,15 +106,24 @@ def read(
     Raises:
         UserError: As `read_header`, and if the voxels are truncated or damaged.
     """
-    stored, header = _read(Path(path), channel_axis, budget)
+    scratch = scratch or Scratch()
+    flat, header = _read_flat(Path(path), channel_axis, budget, scratch)
+    if header.scaled or flat.dtype != np.float32:
+        stored, flat = flat, scratch.zeros(flat.shape, np.float32)
+        for low in range(0, len(stored), _PART):
+            flat[low : low + _PART] = _scaled(stored[low : low + _PART], header)
+            release(stored)
+            release(flat)
+    return _shaped(flat, header, channel_axis), header.geometry
+
+
+def _scaled(stored: NDArray[Any], header: Header) -> NDArray[np.float32]:
     values = stored.astype(np.float32, copy=False)
-    if header.scaled:
-        # float64: float32 would move large integers before they are scaled.
-        wide = stored.dtype.itemsize > 2 and stored.dtype.kind in "iu"
-        values = (stored * header.slope + header.inter).astype(np.float32) if wide else values
-        if not wide:
-            values = values * np.float32(header.slope) + np.float32(header.inter)
-    return values, header.geometry
+    if not header.scaled:
+        return values
+    if stored.dtype.itemsize > 2 and stored.dtype.kind in "iu":  # float32 would move large integers before
+        return (stored * header.slope + header.inter).astype(np.float32)
+    return values * np.float32(header.slope) + np.float32(header.inter)
 
 
 def read_labels(path: Path | str, budget: int = BUDGET) -> tuple[NDArray[np.unsignedinteger[Any]], Geometry]:
@@ -297,18 +309,33 @@ def _compressed(path: Path) -> bool:
 
 def _read(path: Path, channel_axis: int | None, budget: int) -> tuple[NDArray[Any], Header]:
     """The stored numbers, unscaled, (I, J, K) or (C, I, J, K)."""
+    flat, header = _read_flat(path, channel_axis, budget, Scratch())
+    return _shaped(flat, header, channel_axis), header
+
+
+def _shaped(flat: NDArray[Any], header: Header, channel_axis: int | None) -> NDArray[Any]:
+    array = flat.reshape(header.stored, order="F")
+    if channel_axis is not None:
+        array = np.moveaxis(array, channel_axis, 0)
+        return array.reshape(header.channels, *header.geometry.shape, order="F")
+    return array.reshape(header.geometry.shape, order="F")
+
+
+def _read_flat(path: Path, channel_axis: int | None, budget: int, scratch: Scratch) -> tuple[NDArray[Any], Header]:
+    """The stored numbers, unscaled, in the order of the file."""
     with _opened(path) as stream:
         header = _header(path, stream, channel_axis, budget)
         _skip(path, stream, header.offset - len(header.geometry.header or b""))
         count = int(np.prod(header.stored))
-        flat = np.empty(count, header.dtype)
+        flat = scratch.zeros([count], header.dtype)
         view = flat.view(np.uint8).data
         done = 0
         while done < len(view):
-            got = stream.readinto(view[done:])  # type: ignore[attr-defined]
+            got = stream.readinto(view[done : done + 2**26])  # type: ignore[attr-defined]
             if not got:
                 raise UserError(f"{path}: truncated: {done} of {len(view)} bytes of voxels are there; copy it again")
             done += got
+            release(flat)
         surplus = 0
         while piece := stream.read(2**16):  # to the end, where gzip keeps its checksum
             surplus += len(piece)
@@ -316,11 +343,7 @@ def _read(path: Path, channel_axis: int | None, budget: int) -> tuple[NDArray[An
                 raise UserError(
                     f"{path}: more than {_SURPLUS} bytes follow the voxels; the header does not fit the file"
                 )
-    array = flat.reshape(header.stored, order="F")
-    if channel_axis is not None:
-        array = np.moveaxis(array, channel_axis, 0)
-        return array.reshape(header.channels, *header.geometry.shape, order="F"), header
-    return array.reshape(header.geometry.shape, order="F"), header
+    return flat, header
 
 
 def _skip(path: Path, stream: IO[bytes], count: int) -> None:

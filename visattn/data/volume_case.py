@@ -10,7 +10,7 @@ Channels whose grids differ:
 Legend: C channels, I, J, K the voxel axes of the first channel's file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from visattn.data.geometry import Geometry
 from visattn.data.regrid import coverage, regrid, turned
 from visattn.errors import UserError
 from visattn.labels import Labels
+from visattn.scratch import Scratch, release
 
 PHANTOM_COUNT = 100
 """Heads that the word phantom means."""
@@ -83,12 +84,15 @@ class Problem:
         return self.message
 
 
-def read_case(case: VolumeCase, budget: int = nifti.BUDGET) -> tuple[NDArray[np.float32], Geometry, list[str]]:
+def read_case(
+    case: VolumeCase, budget: int = nifti.BUDGET, scratch: Scratch | None = None
+) -> tuple[NDArray[np.float32], Geometry, list[str]]:
     """Read all channels of a case on the grid of the first.
 
     Args:
         case: The case.
         budget: Bytes that each file may take as float32.
+        scratch: Where the voxels lie.
 
     Returns:
         Values (C, I, J, K), NaN and infinities left as they are; the geometry of the first channel's file; and notes on
@@ -104,13 +108,13 @@ def read_case(case: VolumeCase, budget: int = nifti.BUDGET) -> tuple[NDArray[np.
     notes: list[str] = []
     with nifti.collect_warnings() as warned:
         if case.channel_axis is not None:
-            array, geometry = nifti.read(case.images[0], case.channel_axis, budget)
+            array, geometry = nifti.read(case.images[0], case.channel_axis, budget, scratch)
             array = array if case.picks is None else array[list(case.picks)]
         else:
-            array, geometry = _read_channels(case, budget, notes)
+            array, geometry = _read_channels(case, budget, notes, scratch)
     notes[:0] = warned
     for c in range(len(array)):
-        odd = array[c].size - int(np.isfinite(array[c]).sum())
+        odd = sum(int((~np.isfinite(plane)).sum()) for plane in _parts(array[c]))
         if odd:
             path = case.images[c] if case.channel_axis is None else case.images[0]
             notes.append(f"{path}: {odd} voxels are NaN or infinite")
@@ -159,22 +163,36 @@ def check_header(path: Path, channel_axis: int | None = None, budget: int = nift
     return nifti.read_header(path, channel_axis, budget).geometry
 
 
-def _read_channels(case: VolumeCase, budget: int, notes: list[str]) -> tuple[NDArray[np.float32], Geometry]:
-    first, geometry = _read_one(case.images[0], budget)
-    array = np.empty((len(case.images), *geometry.shape), np.float32)
-    array[0] = first
-    for c, path in enumerate(case.images[1:], 1):
-        other, own = _read_one(path, budget)
-        array[c] = _on_grid(other, own, geometry, path, case.images[0], notes)
+def _parts(channel: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    """Some planes of (I, J, K) at a time."""
+    step = max(1, 2**22 // (channel.shape[0] * channel.shape[1]))
+    for low in range(0, channel.shape[2], step):
+        yield channel[:, :, low : low + step]
+        release(channel)
+
+
+def _read_channels(
+    case: VolumeCase, budget: int, notes: list[str], scratch: Scratch | None
+) -> tuple[NDArray[np.float32], Geometry]:
+    first, geometry = _read_one(case.images[0], budget, scratch)
+    if len(case.images) == 1:
+        return first[None], geometry
+    i, j, k = geometry.shape
+    array = (scratch or Scratch()).zeros((len(case.images), k, j, i), np.float32).transpose(0, 3, 2, 1)
+    for c, path in enumerate(case.images):
+        other, own = (first, geometry) if c == 0 else _read_one(path, budget, scratch)
+        on_grid = _on_grid(other, own, geometry, path, case.images[0], notes)
+        for into, part in zip(_parts(array[c]), _parts(on_grid), strict=True):
+            into[:] = part
     return array, geometry
 
 
-def _read_one(path: Path, budget: int) -> tuple[NDArray[np.float32], Geometry]:
+def _read_one(path: Path, budget: int, scratch: Scratch | None = None) -> tuple[NDArray[np.float32], Geometry]:
     if path.is_dir():
         from visattn.data.dicom import read_dicom  # pydicom is an extra
 
         return read_dicom(path, budget)
-    return nifti.read(path, budget=budget)
+    return nifti.read(path, budget=budget, scratch=scratch)
 
 
 def _on_grid(

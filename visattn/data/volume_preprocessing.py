@@ -6,7 +6,8 @@ normalised channel by channel. The way back takes it all apart, so that a predic
 Legend: C channels, K outputs, I x J x K the file's voxels, D x H x W the network's.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from visattn.data.geometry import Geometry
 from visattn.data.intensity import Normalise
+from visattn.data.native_grid import bands, to_native
 from visattn.data.resample import resample, resample_labels
 from visattn.errors import UserError
+from visattn.scratch import Scratch, release
 
 Box = tuple[slice, slice, slice]
 Size3 = tuple[int, int, int]
 
+_BLOCK = 64  # voxels along an axis that are copied together
+_PART = 2**22  # voxels that are looked at together
 _OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
@@ -184,7 +189,8 @@ class VolumePreprocessing:
         full = turned.shape[1:]
         box: Box = (slice(0, full[0]), slice(0, full[1]), slice(0, full[2]))
         if self.crop_foreground:
-            box = _foreground(turned[(slice(None), *(slice(None, None, -1 if a in flips else 1) for a in range(3)))])
+            reversed_ = turned[(slice(None), *(slice(None, None, -1 if a in flips else 1) for a in range(3)))]
+            box = _foreground(reversed_, axes.index(2))
         zooms = [geometry.zooms[axis] for axis in axes]
         lengths = [part.stop - part.start for part in box]
         if self.size is not None:
@@ -196,12 +202,15 @@ class VolumePreprocessing:
         x, y, z = (own * n / m for own, n, m in zip(zooms, lengths, (d, h, w), strict=True))
         return Plan(geometry.shape, axes, flips, box, (d, h, w), (x, y, z))
 
-    def forward(self, array: NDArray[np.float32], geometry: Geometry) -> tuple[Tensor, Plan]:
+    def forward(
+        self, array: NDArray[np.float32], geometry: Geometry, scratch: Scratch | None = None
+    ) -> tuple[Tensor, Plan]:
         """Prepare a volume.
 
         Args:
             array: (C, I, J, K) in the order of `channels`.
             geometry: Its grid.
+            scratch: Where large arrays lie; the result does not depend on it.
 
         Returns:
             (C, D, H, W) float32, and the plan that leads back.
@@ -211,16 +220,63 @@ class VolumePreprocessing:
         """
         if array.ndim != 4 or len(array) != len(self.channels):
             raise ValueError(f"expected {len(self.channels)} channels (C, I, J, K), got {array.shape}")
+        scratch = scratch or Scratch()
         plan = self.plan(array, geometry)
-        result = torch.empty(len(array), *plan.size)
+        result = scratch.zeros((len(array), *plan.size), np.float32)
         for channel, method, out in zip(array, self.normalise, result, strict=True):
-            turned = plan.turn(torch.from_numpy(channel))[plan.box]
-            # Before resampling, which would spread a NaN.
-            finite = torch.isfinite(turned)
-            if not finite.all():
-                turned = torch.where(finite, turned, turned[finite].mean() if finite.any() else torch.tensor(0.0))
-            out.copy_(method(resample(turned.contiguous(), plan.size)))
-        return result, plan
+            same = plan.size == plan.cropped
+            native = out if same else scratch.zeros(plan.cropped, np.float32)
+            _turn_into(channel, plan, native)
+            if not same:
+                _resample_into(native, out)
+            scale = method.fit(torch.from_numpy(out))
+            release(out)
+            for planes in _planes(out.shape):
+                out[planes] = scale(torch.from_numpy(out[planes])).numpy()
+                release(out)
+        return torch.from_numpy(result), plan
+
+
+def _planes(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first axis, each of some megabytes."""
+    step = max(1, _PART // (shape[1] * shape[2]))
+    for low in range(0, shape[0], step):
+        yield slice(low, low + step)
+
+
+def _turn_into(channel: NDArray[np.float32], plan: Plan, out: NDArray[np.float32]) -> None:
+    """Copy what is kept of (I, J, K) to (D, H, W), block by block; what is not finite becomes the mean of the rest."""
+    view = channel.transpose(plan.axes)[tuple(slice(None, None, -1 if a in plan.flips else 1) for a in range(3))]
+    view = view[plan.box]
+    whole = True
+    for d in range(0, out.shape[0], _BLOCK):
+        for w in range(0, out.shape[2], _BLOCK):
+            block = (slice(d, d + _BLOCK), slice(None), slice(w, w + _BLOCK))
+            out[block] = view[block]
+            whole = whole and bool(np.isfinite(out[block]).all())
+            release(channel)
+            release(out)
+    if whole:
+        return
+    count, total = 0, 0.0
+    for planes in _planes(out.shape):
+        finite = out[planes][np.isfinite(out[planes])]
+        count, total = count + finite.size, total + float(finite.sum(dtype=np.float64))
+    for planes in _planes(out.shape):  # before resampling, which would spread a NaN
+        part = out[planes]
+        part[~np.isfinite(part)] = total / count if count else 0.0
+        release(out)
+
+
+def _resample_into(native: NDArray[np.float32], out: NDArray[np.float32]) -> None:
+    def stream() -> Iterator[tuple[int, Tensor]]:
+        for planes in _planes(native.shape):
+            yield planes.start, torch.from_numpy(native[planes])[None]
+            release(native)
+
+    for d, h, block in to_native(stream(), bands(native.shape, out.shape), (0, out.shape[1]), 0):
+        out[d : d + block.shape[1], h : h + block.shape[2]] = block[0].numpy()
+        release(out)
 
 
 def _turn(own: str, wanted: str | None) -> tuple[Size3, tuple[int, ...]]:
@@ -238,18 +294,31 @@ def _turn(own: str, wanted: str | None) -> tuple[Size3, tuple[int, ...]]:
     return (d, h, w), tuple(flips)
 
 
-def _foreground(volume: NDArray[np.float32]) -> Box:
-    """The box around all voxels of (C, D, H, W) that differ from the background, whose value the corners show."""
-    keep = np.zeros(volume.shape[1:], bool)
+def _foreground(volume: NDArray[np.float32], along: int) -> Box:
+    """The box around all voxels of (C, D, H, W) that differ from the background, whose value the corners show.
+
+    `along` is the axis in whose planes the volume lies on disk.
+    """
+    shape = volume.shape[1:]
+    lines = [np.zeros(n, bool) for n in shape]
+    background = []
     for channel in volume:
-        corners = channel[np.ix_(*([0, n - 1] for n in channel.shape))]
-        values, counts = np.unique(corners, return_counts=True)
-        keep |= (channel != values[counts.argmax()]) & np.isfinite(channel)
-    if not keep.any():
-        d, h, w = volume.shape[1:]
-        return slice(0, d), slice(0, h), slice(0, w)
+        values, counts = np.unique(channel[np.ix_(*([0, n - 1] for n in shape))], return_counts=True)
+        background.append(values[counts.argmax()])
+    step = max(1, _PART * shape[along] // math.prod(shape))
+    for low in range(0, shape[along], step):
+        part = (*[slice(None)] * along, slice(low, low + step))
+        keep = np.zeros(volume[0][part].shape, bool)
+        for channel, value in zip(volume, background, strict=True):
+            keep |= (channel[part] != value) & np.isfinite(channel[part])
+        for axis, line in enumerate(lines):
+            found = keep.any(axis=tuple(other for other in range(3) if other != axis))
+            line[slice(low, low + step) if axis == along else slice(None)] |= found
+        release(volume)
+    if not lines[0].any():
+        return slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2])
     box = []
-    for axis in range(3):
-        line = np.flatnonzero(keep.any(axis=tuple(other for other in range(3) if other != axis)))
-        box.append(slice(int(line[0]), int(line[-1]) + 1))
+    for line in lines:
+        at = np.flatnonzero(line)
+        box.append(slice(int(at[0]), int(at[-1]) + 1))
     return box[0], box[1], box[2]
