@@ -99,6 +99,12 @@ def test_label_maps_beside_images_are_left_out(tmp_path, caplog):
     assert names(find_volume_cases([tmp_path / "imagesTr" / "b_mask.nii"], ONE)) == ["b_mask"]
 
 
+def test_derivatives_of_bids_are_left_out(tmp_path):
+    save(tmp_path / "sub-01" / "anat" / "sub-01_T1w.nii"), save(tmp_path / "derivatives" / "x" / "sub-01_dseg.nii")
+    assert names(find_volume_cases([tmp_path], ONE)) == ["sub-01/anat/sub-01_T1w"]
+    assert names(find_volume_cases([tmp_path / "derivatives"], ONE)) == ["x/sub-01_dseg"]
+
+
 def test_inputs_that_hold_nothing_are_refused(tmp_path):
     save(tmp_path / "scans" / "a.nii")
     with pytest.raises(UserError, match=rf"no such file or folder.\nDid you mean {tmp_path}/scans\?"):

@@ -4,8 +4,9 @@ An input is a NIfTI file, recognised by its content; a folder of DICOM files; or
 folders at any depth. Files belong together by nnU-Net's suffixes, CASE_0000 the first channel of the network, CASE_0001
 the second; or as a table says. What is wrong with one case is its problem alone.
 
-In a folder are left out: hidden files; folders of labels beside folders of images, as labelsTr/ beside imagesTr/; and
-maps that belong to an image beside them, as CASE_mask beside CASE. All are taken when they are named outright.
+In a folder are left out: hidden files; folders of labels beside folders of images, as labelsTr/ beside imagesTr/ or
+derivatives/ beside the subjects of BIDS; and maps that belong to an image beside them, as CASE_mask beside CASE. All are
+taken when they are named outright.
 """
 
 import csv
@@ -25,7 +26,8 @@ from visattn.files import walk_files
 
 _log = logging.getLogger(__name__)
 
-_LABEL_FOLDERS = {"labels", "masks", "label", "mask", "labelstr", "labelsts"}
+_LABEL_FOLDERS = dict.fromkeys(("labels", "masks", "label", "mask", "labelstr", "labelsts"), "image")
+_LABEL_FOLDERS["derivatives"] = "sub-"  # and how the folders of images beside them begin
 _MAPS = ("_mask", "_seg", "_dseg", "_label", "_labels", "_prob", "_uncertainty")
 _OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".img", ".mnc", ".npy")
 
@@ -100,7 +102,7 @@ def _entries_of(given: Path, skip: Path | None) -> Iterator[_Entry]:
     for folder, files in walk_files(given, skip):
         formats.update(suffix for path in files if (suffix := path.suffix.lower()) in _OTHER_FORMATS)
         if folder != given and _holds_labels(folder, given):
-            _log.warning("%s: left out, since it lies beside a folder of images and is named as one of labels", folder)
+            _log.warning("%s: left out, as it lies beside folders of images and is named as one of labels", folder)
             continue
         for entry in _entries_in(folder, files, given):
             empty = False
@@ -137,9 +139,8 @@ def _holds_labels(folder: Path, given: Path) -> bool:
     for inner in (folder, *folder.parents):
         if inner == given:
             return False
-        if inner.name.lower() in _LABEL_FOLDERS and any(
-            path.is_dir() and path.name.lower().startswith("image") for path in inner.parent.iterdir()
-        ):
+        beside = _LABEL_FOLDERS.get(inner.name.lower())
+        if beside and any(path.name.lower().startswith(beside) and path.is_dir() for path in inner.parent.iterdir()):
             return True
     return False
 
