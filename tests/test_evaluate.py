@@ -532,7 +532,7 @@ def test_memory_does_not_grow_with_the_images_that_wait(monkeypatch):
         started.append(item)
         return item
 
-    for result in module._in_order(slow, range(500)):
+    for result in module._in_order(slow, range(500), 4):
         done.append(result)
         assert max(started) - result <= 2 * 8 + 1 + 8
     assert done == list(range(500))

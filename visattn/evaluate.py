@@ -1,17 +1,16 @@
 """`visattn evaluate`: scores a folder of masks, made by any tool, as `validate` and `test` score a network.
 
-A mask is no probability map, so the measures are those that need none: the suite "surface". S, E, weighted F and the
+A mask is no probability map, so the measures are those that need none: the suite "surface" for images, "volume", in mm
+and ml, for volumes. S, E, weighted F and the
 means of PraNet's protocol could be computed of a mask as well, but would have the names and not the meaning of the
 numbers that `validate` and `test` give for probabilities (`docs/evaluate.md`).
 """
 
 import hashlib
-import math
 import os
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,18 +21,21 @@ from numpy.typing import NDArray
 
 from visattn import NOTICE
 from visattn.data.cases import Case
-from visattn.data.images import image_size, read_mask
+from visattn.data.nifti import collect_warnings
 from visattn.data.splits import find_groups
 from visattn.errors import UserError
-from visattn.evaluate_output import OVERLAYS, REPORT, default_output, evaluation_folder
-from visattn.evaluate_plan import Pair, Plan, few, plan_pairs, read_labels
+from visattn.evaluate_output import default_output, evaluation_folder
+from visattn.evaluate_plan import Pair, Plan, choose_cases, few, plan_pairs, read_labels
+from visattn.evaluate_show import print_detections, print_table, tell
 from visattn.labels import IGNORE, Labels
-from visattn.metrics import METRICS, CaseRow, Summary, case_metrics, summarise
+from visattn.mask_files import Mask, check_image, check_prediction, read_any_mask
+from visattn.metrics import NSD_TOLERANCE, CaseRow, Detection, LesionRule, Summary, case_metrics, detections, summarise
 from visattn.metrics.confusion import confusion_shape, count_confusion, describe_confusion
+from visattn.metrics.lesions import PATIENT_DICE, RULE
 from visattn.predict_plan import shown
 from visattn.progress import Bar
 from visattn.report import write_report
-from visattn.scored import CASES, INPUTS, SUMMARY, Input, write_cases, write_inputs, write_overlays, write_summary
+from visattn.scored import CASES, Input, write_cases, write_inputs, write_overlays, write_summary
 from visattn.versions import library_versions
 
 Missing = Literal["error", "miss"]
@@ -55,12 +57,60 @@ class Scores:
         confusion: Its pixels, as `count_confusion` gives them.
         digest: SHA-256 of the bytes of both masks.
         rounded: Whether the prediction holds values that the labels do not name and that were taken for the nearest.
+        doubtful: Whether a volume's header says two things of where it lies.
     """
 
     rows: list[CaseRow]
     confusion: NDArray[np.int64]
     digest: str
     rounded: bool
+    doubtful: bool = False
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How volumes are scored.
+
+    Attributes:
+        lesions: When a lesion counts and is found.
+        nsd_tolerance: Of NSD, in mm.
+        patient_dice: Dice from which a patient counts as found.
+    """
+
+    lesions: LesionRule = RULE
+    nsd_tolerance: float = NSD_TOLERANCE
+    patient_dice: float = PATIENT_DICE
+
+    def __post_init__(self) -> None:
+        if not (self.nsd_tolerance >= 0 and 0 < self.patient_dice <= 1):
+            raise ValueError(f"needs nsd_tolerance >= 0 and 0 < patient_dice <= 1, got {self}")
+
+
+RULES = Rules()
+"""The defaults."""
+
+
+def make_rules(
+    tolerance: float | None = None,
+    lesion_iou: float | None = None,
+    minimum_ml: float | None = None,
+    patient_dice: float | None = None,
+) -> Rules:
+    """The rules that options of the command line ask for; what is None keeps its default.
+
+    Raises:
+        UserError: A number means nothing.
+    """
+    lesions = {"iou": lesion_iou, "minimum_ml": minimum_ml}
+    others = {"nsd_tolerance": tolerance, "patient_dice": patient_dice}
+    try:
+        rule = LesionRule(**{key: value for key, value in lesions.items() if value is not None})
+        return Rules(rule, **{key: value for key, value in others.items() if value is not None})
+    except ValueError as error:
+        raise UserError(
+            f"visattn evaluate: a number is out of range: {error}.\n"
+            "--lesion_iou and --patient_dice are shares of 0..1, --tolerance is in mm, --minimum_ml in ml."
+        ) from None
 
 
 def evaluate_folder(
@@ -71,6 +121,8 @@ def evaluate_folder(
     images: Path | str | None = None,
     group_by: str | None = None,
     missing: Missing = "error",
+    cases: Path | str | None = None,
+    rules: Rules = RULES,
 ) -> int:
     """Score the masks below `prediction` against those below `truth`, print the means and write a scored folder.
 
@@ -83,6 +135,8 @@ def evaluate_folder(
         group_by: As `data.split.group_by`, of the names of the cases.
         missing: What a case without prediction is: an error, or a miss as if the predicted mask were empty. With
             "miss", predictions without a true mask are left out.
+        cases: A table of cases of ours, or a text file with a name on each line: those cases alone are scored.
+        rules: How volumes are scored.
 
     Returns:
         The exit code, 0.
@@ -96,10 +150,14 @@ def evaluate_folder(
     meaning = read_labels(Path(labels))
     target = default_output(prediction) if output is None else Path(output)
     plan = plan_pairs(prediction, truth, None if images is None else Path(images), target)
+    if cases is not None:
+        plan = choose_cases(plan, Path(cases))
+    if rules != RULES and not plan.volumes:
+        raise UserError("--tolerance, --lesion_iou, --minimum_ml and --patient_dice are for volumes; these are images.")
     groups = _groups(plan, group_by, str(truth))
     with evaluation_folder(target) as folder:
         refused = bool(plan.problems) or (missing == "error" and bool(plan.missing or plan.extra))
-        scores, problems = _score(plan.pairs, meaning, measure=not refused)
+        scores, problems = _score(plan, meaning, not refused, rules)
         if refused or problems:
             raise UserError(_refusal(prediction, plan, problems, missing))
         rows: list[dict[str, Any]] = [
@@ -130,6 +188,9 @@ def evaluate_folder(
             "versions": library_versions(_LIBRARIES),
             "labels": meaning.to_config(),
         }
+        found = detections(rows, rules.patient_dice, rules.lesions.large_ml) if plan.volumes else {}
+        if plan.volumes:
+            summary |= {"rules": asdict(rules), "detection": _plain(found)}
         inputs = {
             (group, pair.name): Input(pair.name, group, str(truth), pair.image, pair.truth, pair.prediction)
             for pair, group in zip(plan.pairs, groups, strict=True)
@@ -140,7 +201,16 @@ def evaluate_folder(
         write_overlays(folder, rows, inputs, meaning)
         written = write_report(folder)
     print_table(entries)
-    _tell(plan, groups, target, sum(scored.rounded for scored in scores), report=written is not None)
+    if found:
+        print_detections(found, rules.lesions.large_ml)
+    tell(
+        plan,
+        groups,
+        target,
+        rounded=sum(scored.rounded for scored in scores),
+        doubtful=sum(scored.doubtful for scored in scores),
+        report=written is not None,
+    )
     return 0
 
 
@@ -153,12 +223,14 @@ def _groups(plan: Plan, group_by: str | None, root: str) -> list[str]:
         raise UserError(str(error).replace("data.split.group_by", "--group_by")) from None
 
 
-def _score(pairs: Sequence[Pair], labels: Labels, measure: bool) -> tuple[list[Scores], list[str]]:
+def _score(plan: Plan, labels: Labels, measure: bool, rules: Rules) -> tuple[list[Scores], list[str]]:
     """The scores of the cases that can be read, and what is wrong with the others."""
     scores: list[Scores] = []
     problems: list[str] = []
-    with Bar("scoring" if measure else "checking", len(pairs)) as bar:
-        for result in _in_order(lambda pair: score_pair(pair, labels, measure), pairs):
+    # Decoding and much of the scoring releases the interpreter's lock; volumes are held one at a time.
+    threads = 1 if plan.volumes else min(8, os.cpu_count() or 1)
+    with Bar("scoring" if measure else "checking", len(plan.pairs)) as bar:
+        for result in _in_order(lambda pair: score_pair(pair, labels, measure, rules), plan.pairs, threads):
             if isinstance(result, str):
                 problems.append(result)
             else:
@@ -167,26 +239,46 @@ def _score(pairs: Sequence[Pair], labels: Labels, measure: bool) -> tuple[list[S
     return scores, problems
 
 
-def score_pair(pair: Pair, labels: Labels, measure: bool = True) -> Scores | str:
+def score_pair(pair: Pair, labels: Labels, measure: bool = True, rules: Rules = RULES) -> Scores | str:
     """Read and score one case at its native size; what is wrong with it, if anything is.
 
     Args:
         pair: Its files.
         labels: What the values in the masks mean.
         measure: Whether to compute the measures; otherwise the files are read and checked alone.
+        rules: Of volumes.
     """
     try:
-        truth, _ = _read(pair.truth, labels)
-        predicted, rounded = np.zeros_like(truth), False
-        if pair.prediction is not None:
-            predicted, values = _read(pair.prediction, labels)
-            rounded = not _named(labels).issuperset(np.flatnonzero(np.bincount(values.ravel())).tolist())
-        _check(pair, predicted, truth)
+        with collect_warnings() as warned:
+            truth = read_any_mask(pair.truth, labels)
+            if pair.image is not None:
+                check_image(pair.image, truth)
+            predicted = Mask(pair.truth, np.zeros_like(truth.indices), truth.geometry)
+            if pair.prediction is not None:
+                predicted = read_any_mask(pair.prediction, labels)
+                check_prediction(predicted, truth)
+                _check_decided(predicted, truth)
         digest = hashlib.sha256()
         for path in filter(None, (pair.truth, pair.prediction)):
-            digest.update(path.read_bytes())
-        rows = case_metrics(predicted, truth, labels, suite="surface") if measure else []
-        return Scores(rows, count_confusion(predicted, truth, labels), digest.hexdigest(), rounded)
+            with path.open("rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+        rows: list[CaseRow] = []
+        if measure and truth.geometry is None:
+            rows = case_metrics(predicted.indices, truth.indices, labels, suite="surface")
+        elif measure and truth.geometry is not None:
+            rows = case_metrics(
+                predicted.indices,
+                truth.indices,
+                labels,
+                suite="volume",
+                spacing=truth.geometry.zooms,
+                voxel_ml=truth.geometry.voxel_ml,
+                nsd_tolerance=rules.nsd_tolerance,
+                lesions=rules.lesions,
+            )
+        confusion = count_confusion(predicted.indices, truth.indices, labels)
+        return Scores(rows, confusion, digest.hexdigest(), predicted.strays > 0, bool(warned))
     except UserError as error:
         return str(error)
     except OSError as error:
@@ -195,38 +287,18 @@ def score_pair(pair: Pair, labels: Labels, measure: bool = True) -> Scores | str
         return f"{pair.truth}: memory does not suffice for this case"
 
 
-def _read(path: Path, labels: Labels) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """A mask as class indices and as values of the file; the only place that knows how masks are stored."""
-    values = read_mask(path)
-    return labels.encode(values, str(path)), values
-
-
-def _named(labels: Labels) -> set[int]:
-    return {value for group in (*labels.values, labels.ignore) for value in group}
-
-
-def _check(pair: Pair, predicted: NDArray[np.uint8], truth: NDArray[np.uint8]) -> None:
-    sizes = [(pair.prediction, predicted.shape, "Resize it by nearest neighbour: scores are taken at the native size")]
-    if pair.image is not None:
-        sizes.append((pair.image, image_size(pair.image), "Overlays need an image of the same size"))
-    for path, shape, advice in sizes:
-        if shape != truth.shape:
-            turned = " (one of the two may carry an EXIF orientation)" if shape == truth.shape[::-1] else ""
-            raise UserError(
-                f"{path}: {shape[1]} x {shape[0]} pixels, but its true mask {pair.truth.name} has "
-                f"{truth.shape[1]} x {truth.shape[0]}{turned}. {advice}"
-            )
-    undecided = int(np.count_nonzero((predicted == IGNORE) & (truth != IGNORE)))
+def _check_decided(predicted: Mask, truth: Mask) -> None:
+    undecided = int(np.count_nonzero((predicted.indices == IGNORE) & (truth.indices != IGNORE)))
     if undecided:
+        what = "pixels" if truth.geometry is None else "voxels"
         raise UserError(
-            f"{pair.prediction}: holds the value to ignore in {undecided} pixels that count in {pair.truth.name}; "
-            "a prediction names a class for every pixel"
+            f"{predicted.path}: holds the value to ignore in {undecided} {what} that count in {truth.path.name}; "
+            f"a prediction names a class for every {what[:-1]}"
         )
 
 
-def _in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def _in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """The results in the order of the items, computed by a few threads that keep little ahead."""
-    threads = min(8, os.cpu_count() or 1)  # decoding and much of the scoring releases the interpreter's lock
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="visattn")
     try:
@@ -248,7 +320,10 @@ def _refusal(prediction: Path, plan: Plan, problems: Sequence[str], missing: Mis
         count += len(plan.missing) + len(plan.extra)
         if plan.missing:
             names = few(plan.missing)
-            lines.append(f"no prediction for {len(plan.missing)}: {names} (--missing miss counts each as a miss)")
+            lines.append(
+                f"no prediction for {len(plan.missing)}: {names} "
+                "(--missing miss counts each as a miss, --cases FILE scores some alone)"
+            )
         if plan.extra:
             names = few([path.name for path in plan.extra])
             lines.append(f"no true mask for {len(plan.extra)}: {names} (--missing miss leaves them out)")
@@ -287,51 +362,5 @@ def _fingerprint(pairs: Sequence[Pair], scores: Sequence[Scores]) -> str:
     return total.hexdigest()
 
 
-def print_table(entries: Sequence[Summary]) -> None:
-    """Print means and intervals, a block for each class and, of several, one for their mean."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("measure")
-    for column in ("mean", "95 % interval", "n"):
-        table.add_column(column, justify="right", no_wrap=True)
-    names = list(dict.fromkeys(entry.name for entry in entries))
-    for name in names:
-        if len(names) > 1:
-            table.add_row(Text(shown(name) if name != names[-1] else "mean of the classes", style="bold"))
-        for entry in (entry for entry in entries if entry.name == name):
-            info = METRICS[entry.metric]
-            interval = f"{entry.low:.4f} \u2013 {entry.high:.4f}" if math.isfinite(entry.low) else "\u2013"
-            table.add_row(
-                Text(info.title + (f" ({info.unit})" if info.unit else "")),
-                f"{entry.mean:.4f}" if entry.cases else "\u2013",
-                interval,
-                str(entry.cases),
-            )
-        table.add_section()
-    Console().print(table)
-
-
-def _tell(plan: Plan, groups: Sequence[str], target: Path, rounded: int, report: bool) -> None:
-    number = len(set(groups))
-    drawn = f"{number} groups" if number < len(groups) else "cases"
-    lines = [f"{len(groups)} cases; 95 % intervals by bootstrap over {drawn}"]
-    if plan.missing:
-        lines.append(f"without prediction, counted as misses: {len(plan.missing)}: {few(plan.missing)}")
-    if plan.extra:
-        names = few([path.name for path in plan.extra])
-        lines.append(f"predictions without a true mask, left out: {len(plan.extra)}: {names}")
-    without = sum(pair.image is None for pair in plan.pairs)
-    if 0 < without < len(plan.pairs):
-        lines.append(f"cases without image, shown on a plain ground: {without}")
-    if rounded:
-        lines.append(
-            f"predictions with values that the labels do not name (soft edges, JPEG, probabilities): {rounded}; "
-            "each pixel took the nearest label"
-        )
-    files = [CASES, SUMMARY, INPUTS, f"{OVERLAYS}/", *([REPORT] if report else [])]
-    lines.append(f"results: {shown(target)} ({', '.join(files)})")
-    print("\n".join(lines), file=sys.stderr)
+def _plain(found: Mapping[str, Mapping[str, Detection]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {name: {kind: entry.to_json() for kind, entry in of.items()} for name, of in found.items()}

@@ -6,24 +6,29 @@ of a folder share (`_mask`), by how an accent is composed.
 """
 
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from visattn.data.cases import LAYOUTS
+from visattn.data.volume_layouts import FOLDERS
+from visattn.data.volume_names import is_volume_name, split_suffix, stem_of
 from visattn.errors import UserError, unknown
-from visattn.files import read_small
+from visattn.files import read_small, walk_files
 from visattn.labels import Labels
 from visattn.predict_plan import find_images, shown
 from visattn.predict_record import MANIFEST
 from visattn.recipe import MAX_BYTES, read_yaml
-from visattn.scored import CASES, SUMMARY
+from visattn.scored import CASES, SUMMARY, read_cases
 
 ENDINGS = ("_segmentation", "_mask", "_seg", "_pred", "_trans")
 """Endings that masks carry in addition to the case's name: ISIC's, a common habit, and MONAI's `SaveImage`."""
 
-_VOLUMES = (".nii", ".nii.gz", ".mha", ".nrrd")
+_VOLUME_ENDINGS = ("_segmentation", "_mask", "_dseg", "_seg", "_pred", "_trans", "_labels", "_label")
+_VOLUME_LAYOUTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"), *FOLDERS)
+_MAPS = ("_prob", "_uncertainty", "_variance")  # that visattn predict writes beside masks
 _BLOCKS = ("labels", "regions", "ignore")
 
 
@@ -52,11 +57,15 @@ class Plan:
         pairs: One for each true mask, by name.
         extra: Predictions without a true mask.
         problems: A line for each.
+        volumes: Whether the masks are volumes.
+        left_out: How many true masks were not chosen.
     """
 
     pairs: tuple[Pair, ...]
     extra: tuple[Path, ...]
     problems: tuple[str, ...]
+    volumes: bool = False
+    left_out: int = 0
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -106,7 +115,8 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
     Args:
         prediction: Folder of predicted masks. Results of `evaluate` in it are left out, and so are the probabilities
             and overlays of `visattn predict`.
-        truth: Folder of true masks, or one that holds images/ and masks/, itself or in its folders.
+        truth: Folder of true masks, or one that holds images/ and masks/ (for volumes imagesTr/ and labelsTr/ too),
+            itself or in its folders. Where volumes lie in it, they are the masks.
         images: Folder of images; default: those beside the true masks.
         output: Where results go; left out when it lies inside.
 
@@ -119,13 +129,14 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
     if (prediction / SUMMARY).is_file() and (prediction / "masks").is_dir():
         raise UserError(f"{shown(prediction)}: is a run folder.\nName its masks: {shown(prediction / 'masks')}")
     problems: list[str] = []
-    true = _keys(truth, output, "masks", problems)
-    predicted = _keys(prediction, output, "masks", problems)
+    kind = _kind(truth, output)
+    true = _keys(truth, output, "masks", problems, kind)
+    predicted = _keys(prediction, output, "masks", problems, kind)
     pictures: dict[str, _File] = {}
     if images is not None:
-        pictures = _keys(images, output, "images", problems)
-    elif any(truth in file.path.parents[1:] and _layout(file.path.parents[1]) for file in true.values()):
-        pictures = _keys(truth, output, "images", [])
+        pictures = _keys(images, output, "images", problems, kind)
+    elif any(truth in file.path.parents[1:] and _layout(file.path.parents[1], kind) for file in true.values()):
+        pictures = _keys(truth, output, "images", [], kind)
     stems = [_by_stem(keys) for keys in (true, predicted)]
     clash = next((pair for _, pair in stems if pair), None)
     if clash is None and len(stems[0][0].keys() & stems[1][0].keys()) > len(true.keys() & predicted.keys()):
@@ -140,7 +151,61 @@ def plan_pairs(prediction: Path, truth: Path, images: Path | None, output: Path)
         for key, file in sorted(true.items())
     )
     extra = tuple(predicted[key].path for key in sorted(predicted.keys() - true.keys()))
-    return Plan(pairs, extra, tuple(problems))
+    return Plan(pairs, extra, tuple(problems), kind.volumes)
+
+
+def choose_cases(plan: Plan, path: Path) -> Plan:
+    """The plan with those cases alone that a file names, in the plan's order.
+
+    Args:
+        plan: All cases.
+        path: A table with a column `case`, as the `cases.csv` of a run, or a text file with a name on each line. A name
+            is that of the case, or the last part of it where only one case ends so.
+
+    Raises:
+        UserError: The file cannot be read, names nothing, or names a case that has no true mask.
+    """
+    chosen: set[str] = set()
+    unknown_names: list[str] = []
+    names = {unicodedata.normalize("NFC", pair.name): pair.name for pair in plan.pairs}
+    ends: dict[str, list[str]] = defaultdict(list)
+    for key, name in names.items():
+        ends[PurePosixPath(key).name].append(name)
+    for text in _named_cases(path):
+        key = unicodedata.normalize("NFC", text)
+        found = [names[key]] if key in names else ends.get(PurePosixPath(key).name, [])
+        if len(found) > 1:
+            raise UserError(f"--cases {shown(path)}: '{shown(text)}' may be {few(found)}.\nName the whole path.")
+        chosen.update(found)
+        unknown_names += [] if found else [text]
+    if unknown_names:
+        raise UserError(
+            f"--cases {shown(path)}: {len(unknown_names)} of its cases have no true mask: {few(unknown_names)}\n"
+            f"True masks: {few(plan_names(plan))}"
+        )
+    pairs = tuple(pair for pair in plan.pairs if pair.name in chosen)
+    return replace(plan, pairs=pairs, left_out=len(plan.pairs) - len(pairs))
+
+
+def plan_names(plan: Plan) -> list[str]:
+    """The names of the cases."""
+    return [pair.name for pair in plan.pairs]
+
+
+def _named_cases(path: Path) -> list[str]:
+    try:
+        text = read_small(path, MAX_BYTES).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no text"
+        raise UserError(f"--cases {shown(path)}: cannot be read: {reason}") from None
+    first = text.partition("\n")[0].strip().lstrip("\ufeff")
+    if "case" in (cell.strip().strip('"') for cell in first.split(",")):
+        names = [row["case"] for row in read_cases(path)]
+    else:
+        names = [line.strip() for line in text.lstrip("\ufeff").splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"--cases {shown(path)}: names no case; write a name on each line, or give a run's cases.csv")
+    return list(dict.fromkeys(names))
 
 
 class _File(NamedTuple):
@@ -150,25 +215,69 @@ class _File(NamedTuple):
     path: Path
 
 
-def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[str, _File]:
+class _Kind(NamedTuple):
+    """What differs between folders of images and of volumes."""
+
+    volumes: bool
+    layouts: tuple[tuple[str, str], ...]
+    endings: tuple[str, ...]
+
+
+_IMAGES = _Kind(False, LAYOUTS, ENDINGS)
+_NIFTI = _Kind(True, _VOLUME_LAYOUTS, _VOLUME_ENDINGS)
+
+
+def _kind(truth: Path, output: Path) -> _Kind:
+    """Whether the true masks are images or volumes; other files that lie with volumes are no masks."""
+    return _NIFTI if truth.is_dir() and _volumes(truth, output) else _IMAGES
+
+
+def _volumes(folder: Path, output: Path) -> list[tuple[Path, PurePosixPath]]:
+    return [
+        (path, PurePosixPath(path.relative_to(folder).as_posix()))
+        for _, files in walk_files(folder, output)
+        for path in files
+        if is_volume_name(path) and path.is_file()
+    ]
+
+
+def _find(folder: Path, output: Path, kind: _Kind) -> list[tuple[Path, PurePosixPath]]:
+    if not kind.volumes:
+        try:
+            return find_images([folder], output)
+        except UserError:
+            if folder.is_dir() and _volumes(folder, output):
+                raise UserError(f"{shown(folder)}: holds volumes, but the true masks are images.") from None
+            raise
+    if not folder.is_dir():
+        raise UserError(f"{shown(folder)}: no such folder.")
+    found = _volumes(folder, output)
+    if not found:
+        raise UserError(f"{shown(folder)}: no volume in this folder, but the true masks are volumes (.nii, .nii.gz).")
+    return found
+
+
+def _stem(path: PurePosixPath) -> str:
+    """The path without the ending of an image or a volume."""
+    return str(path.with_name(stem_of(Path(path.name)) if is_volume_name(Path(path.name)) else path.stem))
+
+
+def _keys(folder: Path, output: Path, part: str, problems: list[str], kind: _Kind) -> dict[str, _File]:
     """The files below `folder` by their path in it, without suffix, common ending and the name of a mask folder."""
-    try:
-        found = find_images([folder], output)
-    except UserError:
-        if folder.is_dir() and any(path.name.endswith(_VOLUMES) for path in folder.rglob("*")):
-            raise UserError(f"{shown(folder)}: volumes (NIfTI) cannot be scored yet, only image files.") from None
-        raise
+    found = _find(folder, output, kind)
     written = (folder / MANIFEST).is_file()  # by visattn predict
     names: dict[Path, str] = {}
     for path, relative in found:
-        if written and relative.parts[0] in {"probabilities", "overlays"}:
+        if written and (relative.parts[0] in {"probabilities", "overlays"} or stem_of(path).endswith(_MAPS)):
             continue
-        key = _without_layout(folder, relative, part)
+        key = _without_layout(folder, relative, part, kind)
         if key is not None:
-            names[path] = str(key.with_name(key.stem))
+            names[path] = _stem(key)
     if not names:
         raise UserError(f"{shown(folder)}: no {part[:-1]} in this folder.")
-    for ending in ENDINGS if part == "masks" else ():
+    if kind.volumes and part == "images":
+        names = _first_channels(names)
+    for ending in kind.endings if part == "masks" else ():
         if all(name.endswith(ending) and PurePosixPath(name).name != ending for name in names.values()):
             names = {path: name.removesuffix(ending) for path, name in names.items()}
             break
@@ -180,12 +289,23 @@ def _keys(folder: Path, output: Path, part: str, problems: list[str]) -> dict[st
     return keys
 
 
-def _without_layout(folder: Path, relative: PurePosixPath, part: str) -> PurePosixPath | None:
+def _first_channels(names: Mapping[Path, str]) -> dict[Path, str]:
+    """Without the suffix of nnU-Net's channels, of which the first is drawn on: `case_0000`, not `case_0001`.
+
+    A set whose own names end so has no file for channel 0 of each; its names stay.
+    """
+    split = {path: split_suffix(name) for path, name in names.items()}
+    if {base for base, _ in split.values()} != {base for base, channel in split.values() if channel == 0}:
+        return dict(names)
+    return {path: base for path, (base, channel) in split.items() if channel == 0}
+
+
+def _without_layout(folder: Path, relative: PurePosixPath, part: str, kind: _Kind) -> PurePosixPath | None:
     """`relative` without the names of mask (or image) folders; None for files that are not meant."""
     kept: list[str] = []
     place = folder
     for name in relative.parts[:-1]:
-        layout = _layout(place)
+        layout = _layout(place, kind)
         place = place / name
         if (place / CASES).is_file() and (place / SUMMARY).is_file():
             return None  # the results of an evaluation, whose overlays are no masks
@@ -193,13 +313,13 @@ def _without_layout(folder: Path, relative: PurePosixPath, part: str) -> PurePos
             kept.append(name)
         elif name != layout[part]:
             return None
-    if _layout(place):
+    if _layout(place, kind):
         return None  # a file beside images/ and masks/
     return PurePosixPath(*kept, relative.name)
 
 
-def _layout(folder: Path) -> dict[str, str] | None:
-    for images, masks in LAYOUTS:
+def _layout(folder: Path, kind: _Kind) -> dict[str, str] | None:
+    for images, masks in kind.layouts:
         if (folder / images).is_dir() and (folder / masks).is_dir():
             return {"images": images, "masks": masks}
     return None

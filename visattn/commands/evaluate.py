@@ -26,11 +26,19 @@ def add(commands: Any) -> None:
         default="error",
         help="a case without prediction: refuse (default), or count it as a miss and leave surplus predictions out",
     )
+    parser.add_argument(
+        "--cases", type=Path, metavar="FILE", help="score these cases alone: a run's cases.csv, or a name on each line"
+    )
+    volumes = parser.add_argument_group("volumes")
+    volumes.add_argument("--tolerance", type=float, metavar="MM", help="of NSD (default: 2)")
+    volumes.add_argument("--lesion_iou", type=float, metavar="X", help="IoU that finds a lesion (default: 0.1)")
+    volumes.add_argument("--minimum_ml", type=float, metavar="ML", help="smaller lesions do not count (default: 0)")
+    volumes.add_argument("--patient_dice", type=float, metavar="X", help="Dice that finds a patient (default: 0.25)")
     parser.set_defaults(call=_call)
 
 
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from visattn.evaluate import evaluate_folder
+    from visattn.evaluate import evaluate_folder, make_rules
 
     return evaluate_folder(
         options.prediction,
@@ -40,4 +48,11 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
         images=options.images,
         group_by=options.group_by,
         missing=options.missing,
+        cases=options.cases,
+        rules=make_rules(
+            tolerance=options.tolerance,
+            lesion_iou=options.lesion_iou,
+            minimum_ml=options.minimum_ml,
+            patient_dice=options.patient_dice,
+        ),
     )

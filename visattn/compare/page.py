@@ -8,7 +8,7 @@ from visattn.compare.pictures import draw_pair, write_plot
 from visattn.compare.result import FAMILY, RESAMPLES, Result
 from visattn.compare.show import interval, number, p_value
 from visattn.files import write_bytes_atomic
-from visattn.metrics import METRICS
+from visattn.metrics import metrics_of
 from visattn.report import page_environment, picture_uri
 from visattn.report.content import SPLITS
 
@@ -34,7 +34,7 @@ def write_page(result: Result, output: Path) -> Path | None:
         title=(result.runs[0].name if len(result.runs) == 1 else f"{len(result.runs)} runs")
         + f" against {result.baseline.name}",
         result=result,
-        metrics=METRICS,
+        metrics=metrics_of(result.baseline.table.values),
         cases=len(result.baseline.table.cases),
         splits=", ".join(SPLITS.get(split, split) for split in splits if split),
         several=any(entry.family > 1 for found in result.differences for entry in found),

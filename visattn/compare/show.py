@@ -5,12 +5,12 @@ from typing import Any
 
 from visattn.compare.result import Result
 from visattn.compare.runs import printable
-from visattn.metrics import METRICS
+from visattn.metrics import METRICS, digits, metrics_of
 from visattn.metrics.paired import Difference
 
-HEADLINE = ("dice", "iou", "hd95", "nsd", "fpr_empty")
+HEADLINE = ("dice", "iou", "hd95", "nsd", "volume_error", "lesion_f1", "fpr_empty")
 """Measures on the terminal; files hold all."""
-_WIDTH = 116  # columns that the widest table needs
+_WIDTH = 126  # columns that the widest table needs
 
 
 def show(result: Result) -> None:
@@ -37,11 +37,10 @@ def show(result: Result) -> None:
 
 
 def number(value: float, metric: str, signed: bool = False) -> str:
-    """A value of a measure: four digits, for pixels one."""
+    """A value of a measure: four digits, for pixels and mm one, for ml two."""
     if not math.isfinite(value):
         return "\u2013"
-    digits = 1 if METRICS[metric].unit else 4
-    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    text = f"{value:{'+' if signed else ''}.{digits(METRICS[metric].unit)}f}"
     return text.replace("-", "\u2212") if float(text) else text.lstrip("+-")
 
 
@@ -75,6 +74,7 @@ def _table(result: Result, run: int) -> Any:
 
     classes = len(result.baseline.table.classes) > 1
     several = _several(result)
+    metrics = metrics_of(result.baseline.table.values)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     if classes:
@@ -86,7 +86,8 @@ def _table(result: Result, run: int) -> Any:
         # Of several classes Dice alone is shown one by one: the table stays short enough to be read.
         if entry.metric not in HEADLINE or not entry.pairs or (entry.name != result.overall and entry.metric != "dice"):
             continue
-        cells = [f"{entry.metric} {arrow(entry.metric)}"]
+        unit = f" ({metrics[entry.metric].unit})" if metrics[entry.metric].unit else ""
+        cells = [f"{entry.metric}{unit} {arrow(entry.metric)}"]
         if classes:
             cells.append(printable(entry.name))
         cells += [

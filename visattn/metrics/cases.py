@@ -108,7 +108,7 @@ def metrics_of(measures: Container[str]) -> dict[str, MetricInfo]:
 
 def digits(unit: str, plain: int = 4) -> int:
     """Digits after the point that a value with this unit is shown with; `plain` without one."""
-    return {"": plain, "px": 1}.get(unit, 2)
+    return {"": plain, "ml": 2}.get(unit, 1)
 
 
 def case_metrics(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.metrics.cases import _IGNORE
+from visattn.metrics.surface import bounding_box
 
 if TYPE_CHECKING:
     from visattn.labels import Labels  # imports torch, which counting does not need
@@ -38,12 +39,18 @@ def count_confusion(prediction: NDArray[np.integer[Any]], truth: NDArray[np.inte
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction has shape {prediction.shape}, truth {truth.shape}")
     classes = len(labels.names)
+    # Where both are background, which is most of a volume, there is nothing to tell apart.
+    box = bounding_box((truth != 0) | (prediction != 0))
+    outside = truth.size - truth[box].size
+    prediction, truth = prediction[box], truth[box]
     valid = truth != _IGNORE
     true, predicted = truth[valid].astype(np.int64), prediction[valid].astype(np.int64)
     for name, indices in (("truth", true), ("prediction", predicted)):
         if indices.size and not 0 <= indices.min() <= indices.max() < classes:
-            raise ValueError(f"{name} has indices {indices.min()}..{indices.max()}, but there are {classes} classes")
+            low = min(indices.min(), 0) if outside else indices.min()
+            raise ValueError(f"{name} has indices {low}..{indices.max()}, but there are {classes} classes")
     counts = np.bincount(true * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    counts[0, 0] += outside
     if not labels.regions:
         return counts.astype(np.int64)
     inside = labels.onehot(np.arange(classes)).astype(np.int64)  # (regions, classes)

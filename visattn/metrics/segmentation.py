@@ -28,9 +28,9 @@ class SegmentationMetrics(Metric):
     fill its last batch counts once: cases are told apart by name and group together. All processes get the same result.
 
     The states are flat integer tensors, which every backend can gather at any length: names as UTF-8 bytes, numbers as
-    the bits of float64, since not every device has that type. In the suite "full" the pixels of the confusion matrix
-    (only the cells that are not zero, since a case seldom holds all of many classes) and of the calibration bins are
-    kept too, likewise for each case.
+    the bits of float64, since not every device has that type. In the suites "full" and "volume" the confusion matrix of
+    each case (only the cells that are not zero, since a case seldom holds all of many classes) is kept too, and its
+    calibration bins.
 
     Args:
         labels: The label map; one set of scores for each of `labels.foreground`.
@@ -114,7 +114,7 @@ class SegmentationMetrics(Metric):
         bits = curves.astype(np.float32).view(np.int64)
         record = np.concatenate([[list(SUITES).index(suite)], values.view(np.int64).ravel(), bits.ravel()])
         cells, bins = np.empty((0, 2), np.int64), np.empty(0, np.int64)
-        if suite == "full":
+        if suite in ("full", "volume"):
             counts = count_confusion(prediction, truth, self.labels).ravel()
             cells = np.stack([counts.nonzero()[0], counts[counts > 0]], axis=1)
             if probabilities is not None:  # a mask alone says nothing about how sure it was
@@ -174,7 +174,8 @@ class SegmentationMetrics(Metric):
         """The confusion matrix over the pixels of all cases of all processes, each of which has to call this.
 
         Returns:
-            As `visattn.metrics.confusion.describe_confusion`; empty if no case was added in the suite "full".
+            As `visattn.metrics.confusion.describe_confusion`; empty if no case was added in the suites "full" and
+            "volume".
         """
         counts, _ = self._pixels()
         return {} if counts is None else describe_confusion(counts, self.labels)

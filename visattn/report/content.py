@@ -16,7 +16,8 @@ from visattn.errors import UserError
 from visattn.files import write_bytes_atomic
 from visattn.folds_file import has_folds, read_folds
 from visattn.labels import Labels
-from visattn.metrics import METRICS, Summary, summarise
+from visattn.metrics import METRICS, Detection, Summary, detections, metrics_of, summarise
+from visattn.metrics.lesions import PATIENT_DICE, RULE
 from visattn.overlay import CLASSES
 from visattn.report.page import page_environment, picture_uri, score
 from visattn.report.pixels import Calibration, Confusion, read_calibration, read_confusion
@@ -53,6 +54,7 @@ class Section:
         low: How many cases have a mean Dice below `LOW`, of how many that have one.
         classes: Where there are several: name, Dice and IoU of each.
         histogram: Cases for each of `BINS` intervals of Dice from 0 to 1.
+        detections: Of volumes: class name to what was found of lesions and patients, over all cases.
     """
 
     split: str
@@ -63,6 +65,7 @@ class Section:
     low: tuple[int, int]
     classes: list[tuple[str, Summary, Summary]]
     histogram: list[int]
+    detections: dict[str, dict[str, Detection]]
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,8 @@ def write_report(run_dir: Path | str) -> Path | None:
     curves = run_dir / "curves.png"
     epochs = read_metrics(run_dir / "metrics.csv").get("epoch", {})
     labels = _labels(summary)
+    rules = _rules(summary)
+    volumes = bool(rows) and "volume_error" in rows[0]
     confusion, calibration = _pixels(summary, run_dir / SUMMARY)
     content = environment.get_template("report.html").render(
         notice=NOTICE,
@@ -118,8 +123,11 @@ def write_report(run_dir: Path | str) -> Path | None:
         folder=_place(run_dir),
         evaluated=summary.get("prediction") is not None,
         trained=bool(summary.get("checkpoint") or summary.get("folds")),
-        sections=[_section(split, of_split) for split, of_split in _by_split(rows).items()],
-        metrics=METRICS,
+        sections=[_section(split, of_split, rules) for split, of_split in _by_split(rows).items()],
+        metrics=metrics_of(rows[0] if rows else ()),
+        rules=rules,
+        volumes=volumes,
+        thing="volume" if volumes else "area",
         bins=BINS,
         threshold=LOW,
         confusion=confusion,
@@ -163,6 +171,17 @@ def _labels(summary: Mapping[str, Any]) -> Labels | None:
         return Labels.from_config(**config)
     except (TypeError, UserError) as error:
         raise UserError(f"{SUMMARY}: its labels mean nothing: {str(error).splitlines()[0]}\n{AGAIN}") from error
+
+
+def _rules(summary: Mapping[str, Any]) -> dict[str, float]:
+    """From where on a patient counts as found, and a lesion as large: as the evaluation had it."""
+    rules = summary.get("rules")
+    found = {"dice": PATIENT_DICE, "large_ml": RULE.large_ml}
+    if isinstance(rules, dict):
+        lesions = rules.get("lesions")
+        given = {"dice": rules.get("patient_dice"), "large_ml": dict(lesions or {}).get("large_ml")}
+        found |= {key: float(value) for key, value in given.items() if isinstance(value, int | float)}
+    return found
 
 
 def _colours(labels: Labels | None) -> list[tuple[str, str]]:
@@ -222,7 +241,7 @@ def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return splits
 
 
-def _section(split: str, rows: Sequence[Row]) -> Section:
+def _section(split: str, rows: Sequence[Row], rules: Mapping[str, float]) -> Section:
     entries = _summarised(rows)
     classes = list(dict.fromkeys(entry.name for entry in entries))
     several = len({row["class"] for row in rows}) > 1
@@ -238,7 +257,17 @@ def _section(split: str, rows: Sequence[Row]) -> Section:
     groups = {row["group"] or row["case"] for row in rows}
     cases = {(row["group"], row["case"]) for row in rows}
     name = SPLITS.get(split, split)
-    return Section(name, tables, headline, len(cases), len(groups), _low(rows), overview, histogram.tolist())
+    return Section(
+        name,
+        tables,
+        headline,
+        len(cases),
+        len(groups),
+        _low(rows),
+        overview,
+        histogram.tolist(),
+        detections(rows, **rules),
+    )
 
 
 def _low(rows: Sequence[Row]) -> tuple[int, int]:

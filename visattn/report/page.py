@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from visattn.metrics import METRICS, Summary
+from visattn.metrics import METRICS, Summary, digits
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -42,18 +42,18 @@ def page_environment() -> "Environment | None":
 
 
 def score(value: float | None, unit: str = "") -> str:
-    """A score with three decimals, or with one and its unit; a dash where there is none."""
+    """A score with three decimals, or with its unit's; a dash where there is none."""
     if value is None or not math.isfinite(value):
         return "\u2013"
-    return f"{value:.1f}\u00a0{unit}" if unit else f"{value:.3f}"
+    return f"{value:.{digits(unit, 3)}f}" + (f"\u00a0{unit}" if unit else "")
 
 
 def interval(entry: Summary) -> str:
     """The interval of a measure, or a dash."""
-    digits = 1 if METRICS[entry.metric].unit else 3
+    places = digits(METRICS[entry.metric].unit, 3)
     if not (math.isfinite(entry.low) and math.isfinite(entry.high)):
         return "\u2013"
-    return f"{entry.low:.{digits}f}\u2009\u2013\u2009{entry.high:.{digits}f}"
+    return f"{entry.low:.{places}f}\u2009\u2013\u2009{entry.high:.{places}f}"
 
 
 def count(value: int) -> str:
