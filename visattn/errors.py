@@ -1,7 +1,8 @@
 """How a user's mistake is reported: one short message that says what is wrong and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 MOST_LINES = 6  # of a message
 _LONGEST_LINE = 1000  # characters of a line; a path may be long, a whole file quoted in an error may not
@@ -47,6 +48,22 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     cut = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
     return UserError(f"unknown {kind} '{shown(cut)}'.{did_you_mean(name, names)}\nKnown: {listed}")
+
+
+def chosen(kind: str, block: Mapping[str, Any], table: Iterable[str]) -> str:
+    """The `name` in a block of a recipe, which must be one of `table`.
+
+    Raises:
+        UserError: It is not there, perhaps for a misspelt key, or is in no table.
+    """
+    if "name" not in block:
+        slip = next((str(key) for key in block if nearest(str(key), ["name"])), None)
+        hint = f" '{shown(slip)}' stands there. Did you mean 'name'?" if slip else ""
+        raise UserError(f"{kind}: the key 'name' is missing.{hint}\nKnown names: {', '.join(sorted(table))}")
+    name = block["name"]
+    if not isinstance(name, str) or name not in set(table):
+        raise unknown(kind, str(name), table)
+    return name
 
 
 def _close(name: str, valid: Iterable[str]) -> list[str]:

@@ -21,14 +21,14 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def _keywords(
-    function: Callable[..., Any], block: Mapping[str, Any], where: str, skip: Iterable[str]
+    function: Callable[..., Any], block: Mapping[str, Any], where: str, skip: Iterable[str], more: Iterable[str] = ()
 ) -> dict[str, Any]:
     """`block` without its name, refused when it holds a key that `function` does not take."""
     valid = [name for name in inspect.signature(function).parameters if name not in {"self", *skip}]
     keywords = {key: value for key, value in block.items() if key != "name"}
     for key in keywords:
         if key not in valid:
-            raise unknown(f"key in {where}:", key, ["name", *valid])
+            raise unknown(f"key in {where}:", key, ["name", *valid, *more])
     return keywords
 
 
@@ -53,7 +53,7 @@ def parameter_groups(
 def check_optimizer(config: Mapping[str, Any]) -> None:
     """Refuse an unknown optimiser or key before any work is done."""
     name = config.get("name", "adamw")
-    if name not in OPTIMIZERS:
+    if not isinstance(name, str) or name not in OPTIMIZERS:
         raise unknown("optimizer", str(name), OPTIMIZERS)
     keywords = _keywords(OPTIMIZERS[name], config, "model.optimizer", skip=("params", "defaults"))
     for key in ("lr", "weight_decay"):
@@ -102,16 +102,21 @@ SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "poly": poly, "c
 def check_schedule(config: Mapping[str, Any]) -> None:
     """Refuse an unknown schedule or key before any work is done."""
     name = config.get("name", "constant")
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise unknown("schedule", str(name), SCHEDULES)
     rest = {key: value for key, value in config.items() if key != "warmup_epochs"}
-    try:
-        _keywords(SCHEDULES[name], rest, "model.schedule", skip=("progress",))
-    except UserError as error:
-        raise UserError(f"{error}, warmup_epochs") from None
+    _keywords(SCHEDULES[name], rest, "model.schedule", skip=("progress",), more=("warmup_epochs",))
     warmup = config.get("warmup_epochs", 0)
-    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or warmup < 0:
+    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup < math.inf:
         raise UserError(f"model.schedule.warmup_epochs: must be a number of epochs >= 0, got '{warmup}'")
+    values = {key: value for key, value in rest.items() if key != "name"}
+    for progress in (0.0, 0.5, 1.0):
+        try:
+            reached = float(SCHEDULES[name](progress, **values))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            raise UserError(f"model.schedule: {name} cannot be computed with {values!r:.200}: {error}") from error
+        if not math.isfinite(reached):
+            raise UserError(f"model.schedule: {name} becomes {reached} with {values!r:.200}")
 
 
 def build_schedule(

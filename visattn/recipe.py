@@ -219,11 +219,11 @@ def check(tree: Mapping[str, Any]) -> None:
             raise unknown("key", str(key), TOP_LEVEL)
     for section, table in (("model", TASKS), ("data", DATA)):
         value = tree.get(section)
-        if not isinstance(value, Mapping) or "class_path" not in value:
-            raise UserError(f"{section}: needs class_path and init_args. Known classes: {', '.join(sorted(table))}")
-        for key in value:
+        for key in value if isinstance(value, Mapping) else ():
             if key not in {"class_path", "init_args"}:
                 raise unknown("key", f"{section}.{key}", [f"{section}.class_path", f"{section}.init_args"])
+        if not isinstance(value, Mapping) or "class_path" not in value:
+            raise UserError(f"{section}: needs class_path and init_args. Known classes: {', '.join(sorted(table))}")
         class_name(section, value["class_path"], table)
         if not isinstance(value.get("init_args") or {}, Mapping):
             raise UserError(f"{section}.init_args: must be a mapping of keys to values")

@@ -117,6 +117,24 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
     Raises:
         UserError: a key is unknown or a value has the wrong type; jsonargparse's own text is cut to what matters.
     """
+    check_keys(tree)
+    try:
+        with warnings.catch_warnings():
+            # Raised because the process has a command line; we pass the merged recipe on purpose.
+            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+            return RecipeCLI(tree)
+    except UserError:
+        raise
+    except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, all with long texts
+        raise UserError(_shorten(str(error))) from error
+
+
+def check_keys(tree: dict[str, Any]) -> None:
+    """Compare the keys of a checked recipe tree with what task, data module, Trainer and callbacks take.
+
+    Raises:
+        UserError: a key is unknown or missing, or one of the values that would fail late cannot be.
+    """
     seed = tree.get("seed_everything", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise UserError(f"seed_everything: must be a whole number from 0 to 2**32 - 1, got '{seed}'")
@@ -132,17 +150,12 @@ def parse(tree: dict[str, Any]) -> RecipeCLI:
     root = (tree.get("trainer") or {}).get("default_root_dir")
     if isinstance(root, str) and "://" in root:
         raise UserError(f"trainer.default_root_dir: '{root:.200}' is an address; name a folder of this machine")
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        number = (tree.get("trainer") or {}).get(key)
+        if isinstance(number, int) and number < 1:
+            raise UserError(f"trainer.{key}: must be a whole number of at least 1, got {number}")
     recipes.check_keys("trainer", tree.get("trainer") or {}, signature(L.Trainer).parameters)
     _check_callbacks((tree.get("trainer") or {}).get("callbacks") or [])
-    try:
-        with warnings.catch_warnings():
-            # Raised because the process has a command line; we pass the merged recipe on purpose.
-            warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-            return RecipeCLI(tree)
-    except UserError:
-        raise
-    except Exception as error:  # jsonargparse raises ArgumentError, TypeError or ValueError, all with long texts
-        raise UserError(_shorten(str(error))) from error
 
 
 def _check_callbacks(given: Any) -> None:

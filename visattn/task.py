@@ -290,7 +290,7 @@ class WeightAverage:
 
 def _try_values(optimizer: dict[str, Any], schedule: dict[str, Any] | None, backbone_lr_factor: float) -> None:
     """Build optimiser and schedule for one weight, so that a value that torch refuses is told at once."""
-    if not backbone_lr_factor >= 0:
+    if not 0 <= backbone_lr_factor < float("inf"):
         raise UserError(f"model.backbone_lr_factor: must be a number >= 0, got {backbone_lr_factor}")
     try:
         # zeros: drawing weights would move the generator that the network's own are drawn from

@@ -200,8 +200,8 @@ def test_a_draw_is_a_function_of_its_seed():
     [
         ("flip_horizontl", "Did you mean 'flip_horizontal'"),
         ({"name": "affine", "rotat": 3}, "Did you mean 'rotate'"),
-        ({"rotate": 3}, "needs a name"),
-        (7, "needs a name"),
+        ({"rotate": 3}, "name' is missing|needs a name"),
+        (7, "name' is missing|needs a name"),
         ({"name": "affine", "scale": 0.8}, "affine.scale"),
         ({"name": "affine", "scale": [1.2, 0.8]}, "smaller number first"),
         ({"name": "affine", "scale": [0, 1]}, "affine.scale"),

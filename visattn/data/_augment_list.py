@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.errors import UserError, unknown
+from visattn.errors import UserError, chosen, unknown
 from visattn.labels import Labels
 
 Entry = TypeVar("Entry")
@@ -24,11 +24,10 @@ def read_entries(
     entries: list[Entry] = []
     for item in config or ():
         values = {"name": item} if isinstance(item, str) else dict(item) if isinstance(item, Mapping) else {}
-        name = values.pop("name", None)
-        if not isinstance(name, str):
+        if not values:
             raise UserError(f"augment: an entry needs a name, as in {{name: affine, rotate: 90}}; got {item!r:.100}")
-        if name not in table:
-            raise unknown(kind, name, table)
+        name = chosen(kind, values, table)
+        del values["name"]
         known = inspect.signature(table[name]).parameters
         for key in values:
             if key not in known:

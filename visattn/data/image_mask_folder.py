@@ -262,7 +262,11 @@ class ImageMaskFolder(LightningDataModule):
     def _check_arguments(self) -> None:
         if not self.roots:
             raise UserError("data.root: give a folder, several folders, or the word phantom")
-        for key, value, low in (("batch_size", self.batch_size, 1), ("num_workers", self.num_workers or 0, 0)):
+        for key, value, low in (
+            ("batch_size", self.batch_size, 1),
+            ("num_workers", self.num_workers or 0, 0),
+            ("seed", self.seed, 0),
+        ):
             if value < low:
                 raise UserError(f"data.{key}: needs a whole number of at least {low}, got {value}")
         if (self.num_workers or 0) > MOST_WORKERS:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visattn.errors import UserError, did_you_mean, unknown
+from visattn.errors import UserError, chosen, did_you_mean
 from visattn.labels import Labels
 from visattn.losses.criteria import (
     Classes,
@@ -117,9 +117,7 @@ def check_loss(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: As for `build_loss`.
     """
-    name = config.get("name")
-    if name not in LOSSES:
-        raise unknown("loss", str(name), LOSSES)
+    name = chosen("loss", config, LOSSES)
     parameters = list(inspect.signature(LOSSES[name]).parameters.values())[1:]
     valid = {parameter.name: parameter.default for parameter in parameters}
     for key, value in config.items():

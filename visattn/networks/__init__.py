@@ -7,11 +7,12 @@ tuple of maps, the prediction first, the others of the same or of lower resoluti
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from visattn.errors import UserError, did_you_mean, unknown
+from visattn.errors import UserError, chosen, did_you_mean
 from visattn.networks import agunet as _agunet
 from visattn.networks import pranet as _pranet
 from visattn.networks import unet3d as _unet3d
@@ -66,9 +67,7 @@ def check_network(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: As for `create_model`.
     """
-    name = config.get("name")
-    if name not in NETWORKS:
-        raise unknown("network", str(name), NETWORKS)
+    name = chosen("network", config, NETWORKS)
     valid = [*inspect.signature(NETWORKS[name]).parameters, "activation"]
     for key, value in config.items():
         if key == "name" or (key == "pretrained" and value is False):
@@ -80,6 +79,10 @@ def check_network(config: Mapping[str, Any]) -> None:
             )
         if key in ("in_channels", "classes", "channels") and (type(value) is not int or value < 1):
             raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
+        if key == "pretrained" and not isinstance(value, bool | str | Path):
+            raise UserError(
+                f"network '{name}': pretrained must be true, false or the path of a file, got {value!r:.80}"
+            )
         if key == "activation" and value not in (None, "sigmoid", "softmax"):
             raise UserError(f"network '{name}': activation must be sigmoid or softmax, got {value!r}")
 
