@@ -159,7 +159,7 @@ def _moments(flat: Tensor, inside: Tensor | None) -> tuple[float, float]:
 
 def _mask_step(values: Tensor) -> int:
     """Every how many voxels of each axis are looked at to find the body; 1 up to 512 x 512 x 512 voxels."""
-    return math.ceil(np.cbrt(values.numel() / _MOST_MASKED))
+    return math.ceil(float(np.cbrt(values.numel() / _MOST_MASKED)))
 
 
 def _coarse_mask(values: Tensor) -> NDArray[np.bool_]:
