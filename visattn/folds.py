@@ -48,8 +48,8 @@ DEFAULT = 5  # folds, where the recipe names no number
 LOCK = ".visattn.lock"
 # What may differ between the start of a run with folds and its continuation: it changes no result, or no more than
 # another machine does.
-_FREE = ("data.num_workers", "data.cache", "trainer.accelerator", "trainer.devices", "trainer.default_root_dir",
-         "trainer.enable_progress_bar")  # fmt: skip
+_FREE = ("data.num_workers", "data.cache", "data.cache_dir", "trainer.accelerator", "trainer.devices",
+         "trainer.default_root_dir", "trainer.enable_progress_bar")  # fmt: skip
 
 
 def fit_folds(

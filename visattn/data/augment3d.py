@@ -121,10 +121,10 @@ class Gamma:
         flat = sign * image.flatten(1)  # (C, n)
         low = flat.amin(dim=1, keepdim=True)
         reach = (flat.amax(dim=1, keepdim=True) - low).clamp_min(1e-7)
-        mean, std = flat.mean(dim=1, keepdim=True), flat.std(dim=1, keepdim=True)
         raised = ((flat - low) / reach).pow(power)
         new = (raised - raised.mean(dim=1, keepdim=True)) / raised.std(dim=1, keepdim=True).clamp_min(1e-7)
-        return (sign * (new * std + mean)).view_as(image)
+        kept = new * flat.std(dim=1, keepdim=True) + flat.mean(dim=1, keepdim=True)
+        return (sign * kept).view_as(image)
 
 
 @dataclass(frozen=True)
@@ -276,14 +276,19 @@ class Augmenter3d:
         return d, h, w
 
     def __call__(
-        self, image: Tensor, target: Tensor, spacing: Tensor, patch: Size3, seeds: Sequence[Sequence[int]]
+        self,
+        image: Tensor,
+        target: Tensor,
+        spacing: Sequence[Sequence[float]],
+        patch: Size3,
+        seeds: Sequence[Sequence[int]],
     ) -> tuple[Tensor, Tensor]:
         """Augment a batch.
 
         Args:
             image: (B, C, *q), normalised.
             target: (B, *q), class indices uint8.
-            spacing: (B, 3) in mm.
+            spacing: Of each sample along its three axes, in mm.
             patch: p, the size that is kept.
             seeds: For each sample the numbers that its generator is seeded by.
 
@@ -292,8 +297,7 @@ class Augmenter3d:
         """
         device, images, targets = image.device, [], []
         for i, numbers in enumerate(seeds):
-            rng = np.random.default_rng(tuple(numbers))
-            mm = [float(side) for side in spacing[i]]
+            rng, mm = np.random.default_rng(tuple(numbers)), spacing[i]
             matrix, shift, bend, swaps, later = np.eye(3), np.zeros(3), None, [], []
             for entry, swap in zip(self.entries, self._swaps, strict=True):
                 if isinstance(entry, Mirror):
@@ -323,11 +327,7 @@ class Augmenter3d:
 
 
 def build_augmenter3d(config: Sequence[str | Mapping[str, Any]] | None, labels: Labels) -> Augmenter3d:
-    """Read a recipe's `augment` list: names, or mappings with a `name` and the arguments of that augmentation.
-
-    Raises:
-        UserError: An entry has an unknown name or key, or a value out of its range.
-    """
+    """Read a recipe's `augment` list, as `visattn.data.augment.build_augmenter` does for images."""
     return Augmenter3d(read_entries(config, AUGMENT3D, "augmentation of volumes"), labels)
 
 

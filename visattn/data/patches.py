@@ -75,7 +75,7 @@ class PatchSampler(Sampler[list[PatchKey]]):
 
 
 class PatchSet(Dataset[dict[str, Any]]):
-    """Samples {image (C, *q) float32, target (*q) uint8, case, spacing (3,), draw: what augmentation is seeded by}.
+    """Samples {image (C, *q) float32, target (*q) uint8, case, spacing in mm, draw: what augmentation is seeded by}.
 
     A sample depends on (seed, epoch, position) alone. `q` is larger than the patch where augmentation looks around it.
 
@@ -114,7 +114,7 @@ class PatchSet(Dataset[dict[str, Any]]):
             "image": _cut(image, begin, self.cut),
             "target": _cut(target[None], begin, self.cut)[0],
             "case": self.cases[index].name,
-            "spacing": torch.tensor(entry.plan.spacing, dtype=torch.float64),
+            "spacing": entry.plan.spacing,
             "draw": (self.seed, epoch, position, 2),
         }
 
@@ -177,8 +177,9 @@ class PatchBatch:
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack `samples`."""
-        batch: dict[str, Any] = {key: torch.stack([s[key] for s in samples]) for key in ("image", "target", "spacing")}
-        batch |= {key: [sample[key] for sample in samples] for key in ("case", "draw")}
+        batch: dict[str, Any] = {key: torch.stack([sample[key] for sample in samples]) for key in ("image", "target")}
+        # Plain numbers, since reading one from a GPU would wait for all that it is still to do.
+        batch |= {key: [sample[key] for sample in samples] for key in ("case", "spacing", "draw")}
         return batch if self.augmenter is None else augment(batch, self.augmenter, self.patch)
 
 

@@ -368,6 +368,7 @@ class VolumeFolder(LightningDataModule):
         for key, value, low in (
             ("batch_size", self.batch_size, 1),
             ("num_workers", self.num_workers or 0, 0),
+            ("seed", self.seed, 0),
             ("iterations_per_epoch", 1 if self.iterations is None else self.iterations, 1),
         ):
             if value < low:
