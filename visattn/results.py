@@ -129,7 +129,7 @@ def write_results(
             "fingerprint": data.fingerprint,
             "counts": {name: len(cases) for name, cases in data.cases.items()},
         },
-        "hardware": hardware(task.device),
+        "hardware": hardware(task.trainer.strategy.root_device),  # the task itself is back on the CPU by now
         "seconds": round(seconds, 1),
         "versions": library_versions(LIBRARIES),
         "labels": task.labels.to_config(),
