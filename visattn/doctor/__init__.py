@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from visattn.data.cases import Case, ImageFolder, has_layout, scan_folder, scan_roots
+from visattn.data import DATA
+from visattn.data.cases import Case, ImageFolder, scan_folder, scan_roots
 from visattn.doctor import recipe as recipes
 from visattn.doctor.copies import check_copies
 from visattn.doctor.files import check_files
@@ -15,13 +16,13 @@ from visattn.doctor.listing import check_folder
 from visattn.doctor.masks import Classes, check_classes, check_mixed, check_swapped, check_values
 from visattn.doctor.reading import Seen, read_cases
 from visattn.doctor.show import Report, show
+from visattn.doctor.volume_sets import examine_volume_recipe, examine_volumes, holds_volumes
 from visattn.errors import UserError
 from visattn.labels import Labels
+from visattn.recipe import resolve
 from visattn.survey import find_parts, guess_label_map
 
 __all__ = ["Finding", "Report", "examine_folder", "examine_recipe", "run_doctor"]
-
-_VOLUMES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".npz", ".dcm")
 
 
 def run_doctor(
@@ -66,7 +67,8 @@ def examine_folder(folder: Path | str) -> Report:
         UserError: There is no such folder, or no images with masks in it.
     """
     root = Path(folder).expanduser()
-    _refuse_volumes(root)
+    if holds_volumes(root):
+        return examine_volumes(folder)
     found = find_parts(root)
     findings = Findings(root.absolute())
     cases: list[Case] = []
@@ -101,9 +103,13 @@ def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
     Raises:
         UserError: The recipe is no good, or a folder that it names is not there.
     """
-    section = recipes.read_recipe(configs, rest)
+    name, tree = resolve(configs, rest)
+    if tree["data"]["class_path"] == DATA["VolumeFolder"]:
+        return examine_volume_recipe(name, tree)
+    section = recipes.read_recipe(name, tree)
     for root in (*section.roots, *section.test_roots):
-        _refuse_volumes(Path(root).expanduser())
+        if holds_volumes(Path(root).expanduser()):
+            raise UserError(f"{root}: holds volumes; the recipe's data.class_path has to be VolumeFolder")
     cases, tests, folders = section.cases()
     findings = Findings(Path(section.roots[0]).expanduser() if len(section.roots) == 1 else None)
     tests = [replace(case, name=f"test/{case.name}") for case in tests]
@@ -175,16 +181,3 @@ def _tell_constant(seen: Sequence[Seen], findings: Findings) -> None:
         for one in seen:
             if one.content is not None and len(one.content.values) > 2:
                 findings.file("mask-no-labels", one.mask.path, f"{len(one.content.values)} values")
-
-
-def _refuse_volumes(root: Path) -> None:
-    """Say of a folder with volumes that they are not examined, rather than that images are missing."""
-    if not root.is_dir() or has_layout(root):
-        return
-    files = (path for path in (*root.glob("*"), *root.glob("*/*")) if path.name.lower().endswith(_VOLUMES))
-    volume = next(files, None)
-    if volume is not None:
-        raise UserError(
-            f"{root}: holds volumes ({printable(str(volume.relative_to(root)))}), which doctor does not examine yet; "
-            "it looks at folders of 2-D images with masks"
-        )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from visattn.doctor import volume_codes
+
 Severity = Literal["error", "warning", "info"]
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -250,5 +252,12 @@ _INFO = _kinds(
     },
 )
 
-KINDS: dict[str, Kind] = {**_ERRORS, **_WARNINGS, **_INFO}
+KINDS: dict[str, Kind] = {
+    **_ERRORS,
+    **_kinds("error", volume_codes.ERRORS),
+    **_WARNINGS,
+    **_kinds("warning", volume_codes.WARNINGS),
+    **_INFO,
+    **_kinds("info", volume_codes.INFO),
+}
 """All kinds by code."""

@@ -73,11 +73,11 @@ def check_values(seen: Sequence[Seen], labels: Labels, findings: Findings, given
         stray = ~np.isin(values, named)
         if stray.any():
             pixels = int(one.content.counts[stray].sum())
-            note = f"{pixels} pixels of values {_listed(values[stray])}"
+            note = f"{pixels} pixels of values {listed_values(values[stray])}"
             findings.file("mask-jpeg" if one.mask.format in _LOSSY else "mask-soft-edges", path, note)
     top = max(named)
     if 0 < top < _LOOKS_BLACK:
-        findings.whole("masks-look-black", f"the labels are {_listed(np.unique(named))}")
+        findings.whole("masks-look-black", f"the labels are {listed_values(np.unique(named))}")
     return found
 
 
@@ -139,7 +139,7 @@ def _check_balance(found: dict[str, Classes], labels: Labels, findings: Findings
     for index, name in enumerate(labels.names):
         masks = sum(1 for classes in found.values() if classes.pixels[index])
         if not masks:
-            findings.whole("label-never-present", f"{name} ({_listed(np.array(labels.values[index]))})")
+            findings.whole("label-never-present", f"{name} ({listed_values(np.array(labels.values[index]))})")
         shown.append(f"{name} {pixels[index] / pixels.sum():.2%} of the pixels, in {masks} of {len(found)} masks")
     for text in shown:
         findings.whole("class-balance", text)
@@ -173,7 +173,7 @@ def _outside(content: MaskPrint, labels: Labels, findings: Findings, one: Seen) 
             labels.encode(np.array([value, top]), "")  # beside another, so that a lone 1 is not taken for a 0/1 mask
         except UserError:
             wrong.append((value, int(content.counts[index])))
-    listed = _listed(np.array([value for value, _ in wrong]))
+    listed = listed_values(np.array([value for value, _ in wrong]))
     findings.file("values-outside-labels", one.mask.path, f"{sum(n for _, n in wrong)} pixels of values {listed}")
 
 
@@ -183,7 +183,7 @@ def _classes(content: MaskPrint, indices: NDArray[np.uint8], number: int) -> Cla
     return Classes(counts.astype(np.int64), border.astype(np.int64))
 
 
-def _listed(values: NDArray[np.int64]) -> str:
+def listed_values(values: NDArray[np.int64]) -> str:
     """1, 2, 5-9: runs are drawn together, and long lists cut."""
     runs: list[list[int]] = []
     for value in values.tolist():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from visattn.data import DATA
 from visattn.data.cases import PHANTOM, Case, ImageFolder, scan_roots, with_groups
@@ -11,7 +11,7 @@ from visattn.doctor.findings import Findings
 from visattn.doctor.reading import Seen
 from visattn.errors import UserError
 from visattn.labels import Labels
-from visattn.recipe import check_keys, resolve
+from visattn.recipe import check_keys
 from visattn.survey import guess_group_by
 
 KEYS: dict[str, Any] = {
@@ -78,16 +78,33 @@ class DataSection:
         return cases, tests, folders + test_folders
 
 
-def read_recipe(configs: Sequence[str], rest: Sequence[str]) -> DataSection:
-    """The data section of the recipe with the changes of the command line.
+class Division(Protocol):
+    """What dividing the cases needs of a recipe."""
+
+    @property
+    def split(self) -> Split:
+        """How cases are divided."""
+
+    @property
+    def batch_size(self) -> int:
+        """Cases per device and step."""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the split."""
+
+
+def read_recipe(name: str, tree: Mapping[str, Any]) -> DataSection:
+    """The data section of a resolved recipe with `ImageMaskFolder`.
 
     Raises:
         UserError: The recipe is no good.
     """
-    name, tree = resolve(configs, rest)
     if tree["data"]["class_path"] != DATA["ImageMaskFolder"]:
         kind = tree["data"]["class_path"].rpartition(".")[2]
-        raise UserError(f"data.class_path: doctor examines the data of ImageMaskFolder alone, not of {kind}, yet")
+        raise UserError(
+            f"data.class_path: doctor examines the data of ImageMaskFolder and VolumeFolder, not of {kind}, yet"
+        )
     given = tree["data"]["init_args"]
     check_keys("data", given, KEYS)
     values = {**KEYS, **given}
@@ -97,15 +114,15 @@ def read_recipe(configs: Sequence[str], rest: Sequence[str]) -> DataSection:
     seed = values["seed"] if "seed" in given else tree.get("seed_everything", 0)
     return DataSection(
         name=name,
-        roots=_texts("root", values["root"]),
-        test_roots=_texts("test_root", values["test_root"] or []),
+        roots=texts("root", values["root"]),
+        test_roots=texts("test_root", values["test_root"] or []),
         labels=Labels.from_config(values["labels"], values["regions"], values["ignore"]),
         size=_size(values["size"]),
         split=Split.from_config(values["split"]),
-        batch_size=_whole("batch_size", values["batch_size"], 1),
-        channels=_whole("channels", values["channels"], 1),
+        batch_size=whole("batch_size", values["batch_size"], 1),
+        channels=whole("channels", values["channels"], 1),
         cache=bool(values["cache"]),
-        seed=_whole("seed", seed, 0),
+        seed=whole("seed", seed, 0),
     )
 
 
@@ -119,7 +136,7 @@ def grouped(section: DataSection, cases: Sequence[Case], findings: Findings) -> 
 
 
 def parts_of(
-    section: DataSection, cases: Sequence[Case], held: Mapping[str, Sequence[int]], findings: Findings
+    section: Division, cases: Sequence[Case], held: Mapping[str, Sequence[int]], findings: Findings
 ) -> dict[str, str]:
     """train, val or test for each case's name, as training would divide them; empty where it could not.
 
@@ -222,7 +239,8 @@ def _line(error: UserError) -> str:
     return str(error).replace("\n", " ")
 
 
-def _texts(key: str, value: Any) -> list[str]:
+def texts(key: str, value: Any) -> list[str]:
+    """One text or a list of them, as a list."""
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
         raise UserError(f"data.{key}: needs a folder or a list of folders, got {value!r:.80}")
@@ -236,7 +254,8 @@ def _size(value: Any) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def _whole(key: str, value: Any, low: int) -> int:
+def whole(key: str, value: Any, low: int) -> int:
+    """A whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"data.{key}: needs a whole number of at least {low}, got {value!r:.80}")
     return value
