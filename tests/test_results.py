@@ -42,8 +42,10 @@ def truth_of(labels, number, shape):
 def score(folder, data, labels, names, skip=()):
     """What a run does with its validation cases, without a network; returns task and data module."""
     metrics = SegmentationMetrics(labels, "full")
-    task = SimpleNamespace(labels=labels, validation_metrics=metrics, recipe_name="some", suite="", masks=None,
-                           device=torch.device("cpu"))  # fmt: skip
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    task = SimpleNamespace(
+        labels=labels, validation_metrics=metrics, recipe_name="some", suite="", masks=None, trainer=trainer
+    )
     results.start_scoring(folder, task)
     cases = []
     for number, name in enumerate(names):
