@@ -219,6 +219,9 @@ def new_header(geometry: Geometry, dtype: np.dtype[Any], channels: int | None, l
         source = _HEADERS[1]()
         source.set_sform(geometry.affine, 1)
         source.set_qform(geometry.affine, 1, strip_shears=True)
+        # A quaternion cannot hold shear, and near half a turn its four bytes hold a rotation to tenths of a mm only.
+        if corner_distance(geometry.affine, source.get_qform(), geometry.shape) > TOLERANCE_MM:
+            source["qform_code"] = 0
         source.set_xyzt_units("mm")
     else:
         version = version_of(geometry.header)
