@@ -86,7 +86,7 @@ def _table(result: Result, run: int) -> Any:
         # Of several classes Dice alone is shown one by one: the table stays short enough to be read.
         if entry.metric not in HEADLINE or not entry.pairs or (entry.name != result.overall and entry.metric != "dice"):
             continue
-        unit = f" ({metrics[entry.metric].unit})" if metrics[entry.metric].unit else ""
+        unit = f" ({metrics[entry.metric].unit})" if metrics[entry.metric].unit in ("mm", "ml") else ""
         cells = [f"{entry.metric}{unit} {arrow(entry.metric)}"]
         if classes:
             cells.append(printable(entry.name))
