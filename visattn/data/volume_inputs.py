@@ -5,8 +5,8 @@ folders at any depth. Files belong together by nnU-Net's suffixes, CASE_0000 the
 the second; or as a table says. What is wrong with one case is its problem alone.
 
 In a folder are left out: hidden files; folders of labels beside folders of images, as labelsTr/ beside imagesTr/ or
-derivatives/ beside the subjects of BIDS; and maps that belong to an image beside them, as CASE_mask beside CASE. All are
-taken when they are named outright.
+derivatives/ beside the subjects of BIDS; and maps that belong to an image beside them, as CASE_mask beside CASE. They
+are taken when they are named outright.
 """
 
 import csv
