@@ -172,7 +172,12 @@ def test_headers_that_contradict_themselves_are_told(folders, capsys):
     sheared = AFFINE.copy()
     sheared[0, 1] += 0.3
     for side in ("pred", "gt"):
-        put(folders / side / "head_0.nii.gz", lesion(4, 4, 2), sheared)
+        (folders / side / "head_0.nii.gz").unlink()
+        path = folders / side / "head_0.nii"
+        put(path, lesion(4, 4, 2), sheared)
+        header = bytearray(path.read_bytes())
+        header[252] = 1  # qform_code: its rotation counts as well, which cannot hold the shear
+        path.write_bytes(header)
     assert evaluate() == 0
     assert "cases with a file whose sform and qform differ: 1; the sform was used" in capsys.readouterr().err
     rows = read_scored(folders / "pred/evaluation").rows
