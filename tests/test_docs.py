@@ -154,14 +154,17 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, compare, doctor, evaluate, fit, folds, init, predict
+    from visattn import checkpoint, compare, doctor, evaluate, fit, folds, init, members, predict, predict_volumes
     from visattn.cli import main
+    from visattn.commands.predict import _VOLUMES
     from visattn.data import phantom
     from visattn.recipe import resolve
 
     monkeypatch.setattr(fit, "run_stage", lambda stage, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(folds, "fit_folds", lambda chosen, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(predict, "predict_folder", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(predict_volumes, "predict_volumes", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(members, "read_members", lambda checkpoint: [None])
     monkeypatch.setattr(evaluate, "evaluate_folder", lambda *args, **kwargs: 0)
     monkeypatch.setattr(compare, "compare_runs", lambda *args, **kwargs: 0)
     monkeypatch.setattr(
@@ -173,6 +176,8 @@ def accepts(monkeypatch, capsys):
     monkeypatch.setattr(init, "write_recipe", lambda _, output, **keys: shutil.copy(RECIPE, output) and 0)
 
     def check(words: list[str]) -> tuple[bool, str]:
+        rank = 3 if {f"--{name}" for name in _VOLUMES} & set(words) else 2  # of the checkpoint that the page means
+        monkeypatch.setattr(members, "rank_of", lambda _: rank)
         try:
             code = main(words)
         except SystemExit as end:  # --help, --version
