@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from visattn.data.geometry import Geometry
 from visattn.data.volume_preprocessing import Plan, VolumePreprocessing
-from visattn.data.volumes import VolumeCase, image_geometry, read_case, read_case_label
+from visattn.data.volumes import VolumeCase, read_case, read_case_label
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 
@@ -100,15 +100,15 @@ class VolumeCache:
         path = self._place("facts", digest) / "facts.json"
         known = _read_json(path)
         if known is not None:
-            # The header is the file's own; only this checked reading of it is recalled.
-            return Facts(digest, tuple(known["classes"]), image_geometry(case), tuple(known["notes"]))
+            return Facts(digest, tuple(known["classes"]), _geometry(known["geometry"]), tuple(known["notes"]))
         array, geometry, notes = read_case(case)
         truth = read_case_label(case, self.labels, geometry)
         found = np.flatnonzero(np.bincount(truth.ravel())).tolist()
         facts = Facts(digest, tuple(c for c in found if c not in (0, IGNORE)), geometry, tuple(notes))
         if not np.isfinite(array).any():
             raise UserError(f"{case.images[0]}: holds no finite voxel")
-        self._keep(path.parent, {}, {"classes": list(facts.classes), "notes": notes}, path.name)
+        described = {"classes": list(facts.classes), "notes": notes, "geometry": _geometry_config(geometry)}
+        self._keep(path.parent, {}, described, path.name)
         return facts
 
     def entry(self, case: VolumeCase, facts: Facts, preprocessing: VolumePreprocessing) -> Entry:
@@ -163,9 +163,10 @@ class VolumeCache:
 
 def _digest(case: VolumeCase) -> str:
     total = hashlib.sha256()
-    if not case.files:  # the phantom, which is drawn
-        array, geometry, _ = read_case(case)
-        total.update(array.tobytes() + geometry.affine.tobytes())
+    if not case.files:  # the phantom: what draws it stands for what is drawn
+        total.update(case.name.encode())
+        for path in sorted(Path(__file__).parent.glob("*phantom*.py")):
+            total.update(path.read_bytes())
     # Axis and choice of channels change what is read from the same bytes.
     total.update(repr((case.channel_axis, case.picks)).encode())
     for path in case.files:
@@ -199,6 +200,17 @@ def _plan_config(plan: Plan) -> dict[str, Any]:
         "size": list(plan.size),
         "spacing": list(plan.spacing),
     }
+
+
+def _geometry_config(geometry: Geometry) -> dict[str, Any]:
+    header = None if geometry.header is None else geometry.header.hex()
+    return {"shape": list(geometry.shape), "affine": geometry.affine.tolist(), "header": header}
+
+
+def _geometry(config: dict[str, Any]) -> Geometry:
+    i, j, k = config["shape"]
+    header = None if config["header"] is None else bytes.fromhex(config["header"])
+    return Geometry((i, j, k), np.array(config["affine"], np.float64), header)
 
 
 def _read_entry(folder: Path) -> Entry | None:
