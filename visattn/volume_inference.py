@@ -33,6 +33,7 @@ from visattn.inference3d import (
 from visattn.labels import Labels, own_labels
 from visattn.scratch import Pieces, Scratch, release
 
+_LANES = 32  # float32 numbers; a multiple of every vector
 _CHUNK = 2**18  # voxels that are looked at together; they fit a core's cache
 
 
@@ -154,11 +155,21 @@ class Engine:
 
     def _scores(self, sums: Iterator[tuple[int, Tensor, Tensor]]) -> Iterator[tuple[int, Tensor]]:
         """Probabilities (and the variance behind them), which can be interpolated."""
-        channels = self.labels.channels
         for first, totals, weights in sums:
-            means = totals / weights
-            found = probabilities(means[:channels], self.labels.activation)
-            yield first, found if len(means) == channels else torch.cat([found, means[channels:]])
+            found, extra = _means(totals, weights, self.labels)
+            yield first, found if not len(extra) else torch.cat([found, extra])
+
+
+def _means(totals: Tensor, weights: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
+    """Probabilities (K, n, H, W) of sums of logits, and the mean of what lies behind these.
+
+    Rows are padded to a whole number of vectors: the ends of a vector that is not full are computed by other
+    instructions, whose last bit differs, and where those lie must not depend on the strip.
+    """
+    count, width = labels.channels, totals.shape[-1]
+    padded = totals.new_zeros(*totals.shape[:-1], -(-width // _LANES) * _LANES)
+    torch.div(totals, weights, out=padded[..., :width])
+    return probabilities(padded[:count], labels.activation)[..., :width], padded[count:, ..., :width]
 
 
 def _strips(rows: Band, grid: Grid, channels: int, memory: int | None) -> list[tuple[int, int]]:
@@ -225,11 +236,9 @@ class _Sink:
         labels, count = self.engine.labels, self.engine.labels.channels
         soft = labels.activation == "softmax"
         wanted = self.found is not None or self.entropy is not None
-        found = block[:count]
-        extra = block[count:]
+        found, extra = block[:count], block[count:]
         if weights is not None and (wanted or not soft):
-            found = probabilities(found / weights, labels.activation)
-            extra = extra / weights
+            found, extra = _means(block, weights, labels)
         # Of sums as of probabilities: the same mask, whether probabilities are wanted or not.
         index = largest(block[:count]) if soft else self._painted(found)
         box = self.plan.box

@@ -125,8 +125,7 @@ def _block(
 ) -> Iterator[tuple[int, int, Tensor]]:
     device = planes.device
     if axes[0].matrix is not None:
-        flat = axes[0].part(*wanted, device) @ planes.flatten(2)  # (K, planes, h W)
-        planes = flat.reshape(*flat.shape[:2], *planes.shape[2:])
+        planes = _mixed(planes, axes[0].part(*wanted, torch.device("cpu")).tolist())
     for low in range(rows[0], rows[1], ROWS):
         high = min(low + ROWS, rows[1])
         first, stop = axes[1].needs(low, high)
@@ -136,3 +135,18 @@ def _block(
         if axes[2].matrix is not None:
             block = block @ axes[2].matrix.T.to(device)
         yield wanted[0], low, block
+
+
+def _mixed(planes: Tensor, weights: list[list[float]]) -> Tensor:
+    """Sums of planes (K, p, h, W), one for each row of `weights`.
+
+    One plane after the other, and products rounded before they are added: a matrix product takes other paths for other
+    numbers of rows, and those of a strip would differ from those of the whole in the last bit.
+    """
+    result = planes.new_empty(planes.shape[0], len(weights), *planes.shape[2:])
+    for out, row in zip(result.unbind(1), weights, strict=True):
+        taps = [(plane, weight) for plane, weight in zip(planes.unbind(1), row, strict=True) if weight]
+        torch.mul(taps[0][0], taps[0][1], out=out)
+        for plane, weight in taps[1:]:
+            out += plane * weight
+    return result
