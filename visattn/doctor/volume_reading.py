@@ -192,6 +192,6 @@ def _label(
             corners = image[0][np.ix_(*([0, n - 1] for n in values.shape))]
             levels, times = np.unique(corners, return_counts=True)
             background = levels[times.argmax()]
-            if times.max() > len(corners.ravel()) // 2:  # an image that is masked or padded
+            if times.max() >= len(corners.ravel()) // 2:  # an image that is masked or padded
                 on_background = float((image[0][inside] == background).mean())
     return LabelPrint(found.astype(np.int64), counts.astype(np.int64), digest, specks, on_background, stored_float)

@@ -43,6 +43,7 @@ _SAID = (
 """What the strict readers of visattn/data say, and what it is called here."""
 
 _FAR = 6.0  # median absolute deviations
+_SLACK = 0.2  # standard deviations: among few cases the usual spread is underestimated
 _ENOUGH = 8  # volumes among which one can stand out
 TINY = 10  # voxels
 _SPACINGS = 2.0
@@ -225,7 +226,7 @@ def _check_outliers(seen: Sequence[SeenVolume], channels: Sequence[str], finding
         spread = np.array([one.channels[index].spread for one in these])
         middle = np.median(spread, axis=0)
         deviation = np.median(np.abs(spread - middle), axis=0)
-        far = np.abs(spread - middle) / (1.4826 * deviation + 0.1)
+        far = np.abs(spread - middle) / (1.4826 * deviation + _SLACK)
         for one, how in zip(these, far, strict=True):
             if how.max() > _FAR:
                 images = one.case.images
