@@ -144,6 +144,26 @@ def test_a_field_linear_in_mm_is_the_same_on_any_two_grids(seeds, zooms, shift, 
     np.testing.assert_allclose(result[inside], field(target)[inside], atol=2e-3)
 
 
+@pytest.mark.slow  # importing MONAI takes seconds
+def test_monai_resamples_alike():
+    torch = pytest.importorskip("torch")
+    from monai.data import MetaTensor
+    from monai.transforms import SpatialResample
+
+    values = noise((20, 22, 24))
+    for seed in range(5):
+        target = Geometry((5, 6, 7), affine_of(rotation(seed), (1.0, 1.5, 3.0)))
+        source = Geometry(values.shape, affine_of(rotation(seed + 50), (1.1, 1.4, 0.9)))
+        middle = (target.affine @ [2, 2.5, 3, 1])[:3] - source.affine[:3, :3] @ [9.5, 10.5, 11.5]
+        source.affine[:3, 3] = middle
+        theirs = SpatialResample(mode="bilinear", padding_mode="border", align_corners=True, dtype=np.float64)(
+            MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(source.affine)),
+            dst_affine=torch.from_numpy(target.affine),
+            spatial_size=target.shape,
+        )
+        np.testing.assert_allclose(regrid(values, source, target), theirs.numpy()[0], atol=1e-4)
+
+
 def test_what_lies_beyond_takes_the_border():
     source = Geometry((4, 4, 4), np.eye(4))
     target = Geometry((8, 4, 4), affine_of(np.eye(3), (1, 1, 1), (-2, 0, 0)))
