@@ -35,8 +35,10 @@ def _whole(text: str) -> int:
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.kind == "head":
         from visattn.data.phantom_head import write_heads
+        from visattn.progress import Bar
 
-        write_heads(options.folder, options.count, options.seed)
+        with Bar("drawing", options.count) as bar:
+            write_heads(options.folder, options.count, options.seed, bar.advance)
         print(f"{options.count} synthetic heads: {options.folder}")
         return 0
     from visattn.data.phantom import write_phantom

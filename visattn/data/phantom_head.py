@@ -13,6 +13,7 @@ Legend: x right, y front, z up, in mm of the head about the middle of its cavity
 
 import json
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from visattn.data.cases import PHANTOM_SEED
 from visattn.data.geometry import Geometry
 from visattn.data.nifti import write
 from visattn.files import write_text_atomic
-from visattn.progress import Bar
 
 SMALLEST_ML, LARGEST_ML = 0.3, 50.0
 """Volumes of lesions; their logarithms are spread evenly."""
@@ -76,16 +76,15 @@ def lesion_volumes(index: int, seed: int) -> tuple[float, ...]:
     return _lesions(np.random.default_rng((seed, index)))
 
 
-def write_heads(folder: Path | str, count: int, seed: int) -> None:
-    """Write heads as a raw data set of nnU-Net (version 2), ready to be a `root`."""
+def write_heads(folder: Path | str, count: int, seed: int, written: Callable[[], None] = lambda: None) -> None:
+    """Write heads as a raw data set of nnU-Net (version 2), ready to be a `root`; `written` is called after each."""
     folder = Path(folder)
-    with Bar("drawing", count) as bar:
-        for index in range(count):
-            image, labels, geometry = phantom_head(index, seed)
-            name = head_name(index)
-            write(folder / "imagesTr" / f"{name}_0000.nii.gz", image[0], geometry, kind="image")
-            write(folder / "labelsTr" / f"{name}.nii.gz", labels, geometry, kind="labels")
-            bar.advance()
+    for index in range(count):
+        image, labels, geometry = phantom_head(index, seed)
+        name = head_name(index)
+        write(folder / "imagesTr" / f"{name}_0000.nii.gz", image[0], geometry, kind="image")
+        write(folder / "labelsTr" / f"{name}.nii.gz", labels, geometry, kind="labels")
+        written()
     content = {
         "channel_names": {"0": "T1c"},
         "labels": {"background": 0, "meningioma": 1},
