@@ -106,13 +106,17 @@ YAML_BLOCKS = [
 
 @pytest.fixture(scope="session")
 def example_files(tmp_path_factory) -> Path:
-    """`best.ckpt` and `polyp.jpg`, which the pages use as a reader's own."""
+    """`best.ckpt`, `polyp.jpg`, `volumes.ckpt` and `scan.nii.gz`, which the pages use as a reader's own."""
+    import numpy as np
     import torch
     from PIL import Image
 
     from visattn.checkpoint import KEY, checkpoint_metadata
+    from visattn.data import nifti
     from visattn.data.images import Preprocessing
+    from visattn.data.intensity import Normalise
     from visattn.data.phantom import phantom_images
+    from visattn.data.volume_preprocessing import VolumePreprocessing
     from visattn.labels import Labels
     from visattn.networks import create_model
 
@@ -132,6 +136,18 @@ def example_files(tmp_path_factory) -> Path:
         data={"description": "none: random weights", "fingerprint": ""},
     )
     torch.save({"state_dict": weights, KEY: entry}, folder / "best.ckpt")
+    scan = np.random.default_rng(0).random((12, 14, 10)).astype(np.float32)
+    nifti.write(folder / "scan.nii.gz", scan, nifti.Geometry((12, 14, 10), np.diag([1, 1, 2, 1.0])), "image")
+    network = {"name": "unet3d", "filters": [2, 4], "in_channels": 1, "classes": 1}
+    weights = {f"network.{key}": value for key, value in create_model(**network).state_dict().items()}
+    entry = checkpoint_metadata(
+        recipe={},
+        labels=Labels.from_config({"background": 0, "lesion": 1}).to_config(),
+        preprocessing=VolumePreprocessing(("t1",), (Normalise("zscore"),), patch=(8, 8, 8)).to_config(),
+        network=network,
+        data={"description": "none: random weights", "fingerprint": ""},
+    )
+    torch.save({"state_dict": weights, KEY: entry}, folder / "volumes.ckpt")
     return folder
 
 

@@ -36,9 +36,8 @@ def oblique(code, zooms=(0.7, 1.1, 3.0), degrees=9):
     rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     axes = np.zeros((3, 3))
     for axis, letter in enumerate(code):
-        axes["LR PA IS".split().index(next(p for p in ("LR", "PA", "IS") if letter in p)), axis] = (
-            1 if letter in "RAS" else -1
-        )
+        world = next(index for index, pair in enumerate(("LR", "PA", "IS")) if letter in pair)
+        axes[world, axis] = 1 if letter in "RAS" else -1
     affine = np.eye(4)
     affine[:3, :3] = rotation @ axes @ np.diag(zooms)
     affine[:3, 3] = (-31.25, 17.5, 4.0)
@@ -260,6 +259,6 @@ if sys.platform == "linux":
     def test_a_full_disk_is_told_before_a_file_with_holes_is_made(tmp_path, monkeypatch):
         from visattn.scratch import Scratch
 
-        with pytest.raises(OSError, match="No space|too large"):
+        with pytest.raises(OSError, match=r"No space|too large"):
             Scratch(tmp_path).zeros([1 << 50], np.uint8)
         assert list(tmp_path.iterdir()) == []

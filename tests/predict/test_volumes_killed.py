@@ -1,0 +1,93 @@
+import importlib.util
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+import visattn.networks
+from visattn.predict_volumes import predict_volumes
+
+PLACE = Path(__file__).parent
+_spec = importlib.util.spec_from_file_location("volume_stub", PLACE / "volume_stub.py")
+stub = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(stub)
+
+
+@pytest.fixture(autouse=True)
+def bright_network(monkeypatch):
+    """Instead of that of images."""
+    monkeypatch.setattr(visattn.networks, "create_model", stub.create_model)
+
+
+def kill_and_resume(tmp_path, count, kills, longest):
+    """Kill at random moments: what has a final name is whole, and in the end all is as if nothing had happened."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for index in range(count):
+        array = rng.random((20, 24, 16)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(array, np.diag([1, -2, 3, 1.0])), tmp_path / "in" / f"{index:02}.nii.gz")
+    checkpoint = stub.write_checkpoint(tmp_path / "c.ckpt", {"none": 0, "a": 1, "b": 2})
+    wanted = {"probabilities": True, "uncertainty": True}
+    assert predict_volumes([tmp_path / "in"], checkpoint, tmp_path / "whole", **wanted) == 0
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.nii.gz")}
+    out = tmp_path / "out"
+    clock = random.Random(0)
+    killed = 0
+    command = [sys.executable, str(PLACE / "volume_stub.py"), checkpoint, out, tmp_path / "in"]
+    command = [str(part) for part in command] + ["probabilities=1", "uncertainty=1"]
+    for _ in range(kills):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert child.stdout is not None
+        child.stdout.readline()
+        time.sleep(clock.uniform(0, longest))
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        killed += child.returncode == -signal.SIGKILL
+        for path in out.glob("*.nii.gz"):
+            if not path.name.startswith("."):
+                assert path.read_bytes() == whole[path.name]
+        if (out / "manifest.json").exists():
+            for entry in json.loads((out / "manifest.json").read_text())["cases"]:
+                assert entry["state"] == "planned" or (out / entry["mask"]).exists()
+    assert predict_volumes([tmp_path / "in"], checkpoint, out, **wanted) == 0
+    assert {path.name: path.read_bytes() for path in out.glob("*.nii.gz")} == whole
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
+    return killed
+
+
+@pytest.mark.slow  # starts a process that imports torch
+def test_killed_once(tmp_path):
+    assert kill_and_resume(tmp_path, 6, 1, 0.2) == 1
+
+
+@pytest.mark.slow  # starts fifty processes
+def test_killed_fifty_times(tmp_path):
+    assert kill_and_resume(tmp_path, 30, 50, 1.5) >= 25
+
+
+@pytest.mark.slow  # half a gigabyte of voxels
+def test_memory_is_bounded_and_flat_along_the_last_axis(tmp_path):
+    """The peak of a process, measured, for a volume and for one four times as deep."""
+    checkpoint = stub.write_checkpoint(
+        tmp_path / "c.ckpt", {name: value for value, name in enumerate("abcdefgh")}, patch=(64, 64, 64)
+    )
+    peaks = []
+    for depth in (128, 512):
+        array = np.zeros((256, 256, depth), np.float32)
+        array[::7, :, ::5] = 0.4
+        path = tmp_path / f"{depth}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), path)
+        command = [sys.executable, PLACE / "volume_stub.py", checkpoint, tmp_path / f"out{depth}", path]
+        done = subprocess.run(
+            [*map(str, command), f"memory={1 << 30}"], capture_output=True, text=True, check=True, timeout=600
+        )
+        peaks.append(int(done.stdout.split()[-1]))
+    assert max(peaks) <= 1024
+    assert peaks[1] - peaks[0] < 100  # MiB; the deeper volume alone is 128 MiB as float32, and all maps 300
