@@ -309,6 +309,8 @@ def test_a_case_may_be_a_part_of_a_name_or_stand_deep(tmp_path):
         (BRATS | {"t1c": "x/T1c.nii.gz"}, r"data\.layout\.t1c: 'x/T1c\.nii\.gz' must hold \{case\}"),
         (BRATS | {"t1c": "../{case}/T1c.nii.gz"}, "lead into the data's folder"),
         (BRATS | {"t1c": "/{case}/T1c.nii.gz"}, "lead into the data's folder"),
+        (BRATS | {"t1c": "**{case}.nii"}, r"data\.layout\.t1c: .* is no pattern"),
+        (BRATS | {"t1c": "{case}/[z-a]*.nii"}, r"data\.layout\.t1c: .* is no pattern"),
         (BRATS | {"t1c": "{case}/T2*.nii.gz"}, r"no file below .* matches t1c: \{case\}/T2"),
         ("nnunett", "unknown data.layout 'nnunett'. Did you mean 'nnunet'"),
     ],
@@ -317,6 +319,12 @@ def test_a_layout_that_cannot_be_used_is_refused(tmp_path, layout, said):
     fill(tmp_path, "p1/Flair_x", "p1/T1c_x", "p1/OTMultiClass")
     with pytest.raises(UserError, match=said):
         scan(tmp_path, layout)
+
+
+def test_an_image_is_not_its_own_label(tmp_path):
+    fill(tmp_path, "p1/scan")
+    (problem,) = scan(tmp_path, {"t1": "{case}/*.nii.gz", "label": "{case}/scan.nii.gz"}).problems
+    assert "scan.nii.gz: matches the patterns of a channel and of the label" in str(problem)
 
 
 def test_a_channel_without_a_pattern_is_named(tmp_path):

@@ -59,6 +59,10 @@ def scan_patterns(root: Path, name: str, patterns: Mapping[str, str], channels: 
         doubled = [str(path.relative_to(root)) for paths in have.values() if len(paths) > 1 for path in paths]
         if missing:
             problems.append(Problem(case, f"{root}: case {case} has no {listed(missing)}", root))
+        elif have[LABEL][0] in [have[channel][0] for channel in wanted]:
+            problems.append(
+                Problem(case, f"{have[LABEL][0]}: matches the patterns of a channel and of the label", root)
+            )
         elif doubled:
             problems.append(Problem(case, f"{root}: case {case}: {listed(doubled)} match one pattern; narrow it", root))
         else:
@@ -70,9 +74,13 @@ def scan_patterns(root: Path, name: str, patterns: Mapping[str, str], channels: 
 def _matches(root: Path, part: str, pattern: str) -> list[tuple[str, Path]]:
     if "{case}" not in pattern or Path(pattern).is_absolute() or ".." in Path(pattern).parts:
         raise UserError(f"data.layout.{part}: {pattern!r} must hold {{case}} and lead into the data's folder")
-    expression = _expression(pattern)
+    try:
+        expression = _expression(pattern)
+        paths = sorted(root.glob(pattern.replace("{case}", "*")))
+    except (ValueError, re.error) as error:  # ** beside other characters, [z-a]
+        raise UserError(f"data.layout.{part}: {pattern!r} is no pattern ({error})") from None
     result = []
-    for path in sorted(root.glob(pattern.replace("{case}", "*"))):
+    for path in paths:
         match = expression.fullmatch(path.relative_to(root).as_posix())
         if match and path.is_file() and not path.name.startswith("."):
             result.append((match["case"], path))
