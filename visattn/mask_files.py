@@ -17,6 +17,9 @@ from visattn.data.volume_pairs import CHANNEL_AXIS
 from visattn.errors import UserError
 from visattn.labels import Labels
 
+_VALUES = 65536  # that a mask can hold
+_PIECE = 1 << 20
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -44,9 +47,12 @@ def read_any_mask(path: Path, labels: Labels) -> Mask:
     values: NDArray[Any]
     values, geometry = nifti.read_labels(path) if is_volume_name(path) else (read_mask(path), None)
     indices = labels.encode(values, str(path))
-    held = np.flatnonzero(np.bincount(values.ravel("K")))
+    held = np.zeros(_VALUES, bool)
+    flat = values.ravel("K")
+    for start in range(0, flat.size, _PIECE):  # counting all at once would take eight bytes for each
+        held[flat[start : start + _PIECE]] = True
     named = {value for group in (*labels.values, labels.ignore) for value in group}
-    return Mask(path, indices, geometry, len(set(held.tolist()) - named))
+    return Mask(path, indices, geometry, len(set(np.flatnonzero(held).tolist()) - named))
 
 
 def check_image(path: Path, truth: Mask) -> None:

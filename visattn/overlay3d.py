@@ -79,7 +79,8 @@ def planes(
 
     def cut(volume: NDArray[Any], fixed: int, sides: tuple[int, int]) -> NDArray[Any]:
         """The plane through the centre, rows along the first of `sides`, both running against RAS."""
-        flat: NDArray[Any] = np.take(volume, centre[axes[fixed]], axis=axes[fixed])
+        # By indexing: np.take first copies a volume whose axes lie in the order of the file.
+        flat: NDArray[Any] = np.moveaxis(volume, axes[fixed], 0)[centre[axes[fixed]]]
         flat = flat if axes[sides[0]] < axes[sides[1]] else flat.T
         return flat[tuple(slice(None, None, -1 if forwards[side] else 1) for side in sides)]
 
