@@ -42,10 +42,7 @@ def truth_of(labels, number, shape):
 def score(folder, data, labels, names, skip=()):
     """What a run does with its validation cases, without a network; returns task and data module."""
     metrics = SegmentationMetrics(labels, "full")
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
-    task = SimpleNamespace(
-        labels=labels, validation_metrics=metrics, recipe_name="some", suite="", masks=None, trainer=trainer
-    )
+    task = task_of(labels, metrics)
     results.start_scoring(folder, task)
     cases = []
     for number, name in enumerate(names):
@@ -63,6 +60,13 @@ def score(folder, data, labels, names, skip=()):
         write_png(task.masks / f"{safe_name(name)}.png", labels.decode(predicted))
     module = SimpleNamespace(cases={"val": cases}, description="made up", fingerprint="f00d")
     return task, module
+
+
+def task_of(labels, metrics):
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+    return SimpleNamespace(
+        labels=labels, validation_metrics=metrics, recipe_name="some", suite="", masks=None, trainer=trainer
+    )
 
 
 def finish(folder, task, module):
@@ -172,8 +176,7 @@ def test_cases_of_the_phantom_are_named_not_copied(tmp_path, monkeypatch):
     names = list(drawn)
     run = tmp_path / "run"
     metrics = SegmentationMetrics(BINARY, "full")
-    task = SimpleNamespace(labels=BINARY, validation_metrics=metrics, recipe_name="some", suite="", masks=None,
-                           device=torch.device("cpu"))  # fmt: skip
+    task = task_of(BINARY, metrics)
     results.start_scoring(run, task)
     assert task.suite == "full"
     for name in names:
