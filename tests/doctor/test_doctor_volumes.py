@@ -166,6 +166,10 @@ def speck(label):
     return label
 
 
+def noisy(image):
+    return image + np.random.default_rng(0).normal(0, 2, SHAPE).astype(np.float32)
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -236,7 +240,7 @@ PLANTED = {
     "inverted": (with_image(lambda image, label: 1000 - image), "volume-outlier"),
     "exact copy": (copy_of(5), "volume-duplicate"),
     "scaled copy": (copy_of(5, lambda image: image * 3 + 10), "volume-near-duplicate"),
-    "noisy copy": (copy_of(5, lambda image: image + np.random.default_rng(0).normal(0, 2, SHAPE)), "volume-near-duplicate"),
+    "noisy copy": (copy_of(5, noisy), "volume-near-duplicate"),
     "same label twice": (lambda root: save(label_path(root, 2), draw(5)[1]), "mask-repeated"),
     "four axes": (with_image(lambda image, label: np.stack([image, image], -1)), "volume-axes|volume-incomplete"),
     "forms apart": (apart_forms, "header-contradiction"),

@@ -68,7 +68,7 @@ WARNINGS = {
     ),
     "volume-outlier": (
         "volume whose values, normalised, are spread unlike the others'",
-        "Look at it: another sequence, without contrast agent, inverted, masked, or with an artefact?",
+        "Look at it: perhaps another sequence, without contrast agent, inverted, or an artefact.",
     ),
     "volume-duplicate": (
         "the same volume, voxel for voxel, under several names",

@@ -29,7 +29,7 @@ SPECK = 3
 """A part of a label of up to so many voxels is a speck."""
 
 _TOUCHING = np.ones((3, 3, 3), np.int8)  # 26 neighbours
-PERCENTILES = (1, 25, 50, 75, 99)
+_PERCENTILES = tuple(range(5, 100, 5))
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class ChannelPrint:
     Args:
         constant: Its value, where it has only one.
         odd: How many voxels are NaN or infinite.
-        spread: Percentiles 1, 25, 50, 75, 99 after taking off the mean and dividing by the standard deviation.
+        spread: Percentiles 5, 10, ... 95 after taking off the mean and dividing by the standard deviation.
         signature: (16, 16, 16) in RAS, mean 0 and norm 1; zero where it is constant.
     """
 
@@ -149,10 +149,10 @@ def _channel(channel: NDArray[np.float32], geometry: Geometry) -> ChannelPrint:
     odd = channel.size - int(finite.sum())
     values = channel[finite] if odd else channel.ravel()
     if not values.size:
-        return ChannelPrint(None, odd, np.zeros(len(PERCENTILES)), np.zeros((SIDE,) * 3, np.float32))
+        return ChannelPrint(None, odd, np.zeros(len(_PERCENTILES)), np.zeros((SIDE,) * 3, np.float32))
     low, high = float(values.min()), float(values.max())
     mean, deviation = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
-    spread = np.asarray((np.percentile(values, PERCENTILES) - mean) / max(deviation, 1e-12), np.float64)
+    spread = np.asarray((np.percentile(values, _PERCENTILES) - mean) / max(deviation, 1e-12), np.float64)
     filled = np.where(finite, channel, np.float32(mean)) if odd else channel
     return ChannelPrint(low if low == high else None, odd, spread, _signature(filled, geometry))
 

@@ -12,7 +12,7 @@ from visattn.data.geometry import Geometry
 from visattn.data.volumes import VolumeCase, VolumeScan
 from visattn.doctor.findings import Findings
 from visattn.doctor.masks import listed_values
-from visattn.doctor.volume_reading import PERCENTILES, SeenVolume
+from visattn.doctor.volume_reading import SeenVolume
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 
@@ -224,16 +224,16 @@ def _check_outliers(seen: Sequence[SeenVolume], channels: Sequence[str], finding
         if len(these) < _ENOUGH:
             continue
         spread = np.array([one.channels[index].spread for one in these])
-        middle = np.median(spread, axis=0)
-        deviation = np.median(np.abs(spread - middle), axis=0)
-        far = np.abs(spread - middle) / (1.4826 * deviation + _SLACK)
-        for one, how in zip(these, far, strict=True):
-            if how.max() > _FAR:
+        distance = np.abs(spread - np.median(spread, axis=0)).mean(axis=1)
+        usual = float(np.median(distance))
+        limit = usual + _FAR * 1.4826 * float(np.median(np.abs(distance - usual))) + _SLACK
+        for one, far in zip(these, distance, strict=True):
+            if far > limit:
                 images = one.case.images
                 path = images[min(index, len(images) - 1)] if images else Path(one.case.name)
-                most = int(how.argmax())
-                value, usual = one.channels[index].spread[most], middle[most]
-                note = f"percentile {PERCENTILES[most]} at {value:.2f} standard deviations, the others' at {usual:.2f}"
+                note = (
+                    f"{far:.2f} standard deviations from the middle of all, percentile by percentile; usual {usual:.2f}"
+                )
                 findings.file("volume-outlier", path, note)
 
 
