@@ -46,7 +46,10 @@ def remove_leftovers(folder: Path | str) -> None:
 @contextmanager
 def open_regular(path: Path | str) -> Iterator[BinaryIO]:
     """Open a file to read from; a pipe or a device, from which reading may never end, is an `OSError`."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe that nobody writes to would wait
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe that nobody writes to would wait
+    except ValueError as error:  # a NUL character, or one that no file system knows
+        raise OSError(errno.EINVAL, "no name that a file can have", ascii(str(path))) from error
     with open(descriptor, "rb") as handle:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "a folder, a pipe or a device, not a file", str(path))
