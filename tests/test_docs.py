@@ -234,13 +234,14 @@ def test_recipe_fragments_are_accepted(block):
     from visattn.fit import parse
     from visattn.recipe import check, find_recipe, load_recipe, merge, read_yaml, resolve
 
-    tree = merge(load_recipe(find_recipe("polyp_pranet")), read_yaml(block.text, "page"))
+    name, network = ("hippocampus_unet3d", "unet3d") if "VolumeFolder" in block.text else ("polyp_pranet", "pranet")
+    tree = merge(load_recipe(find_recipe(name)), read_yaml(block.text, "page"))
     check(tree)
-    full = {section: resolve(["polyp_pranet"], [])[1][section]["class_path"] for section in ("model", "data")}
+    full = {section: resolve([name], [])[1][section]["class_path"] for section in ("model", "data")}
     for section, path in full.items():
         tree[section] = {**tree[section], "class_path": path}
     task, _ = parse(tree).build()
-    assert task.config["network"]["name"] == "pranet"
+    assert task.config["network"]["name"] == network
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
