@@ -34,6 +34,7 @@ def told(error: Exception) -> str:
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of ..."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("unable to mmap 805306368 bytes from file </torch_1_2_0>: Cannot allocate memory (12)"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         MemoryError("Unable to allocate 9.31 GiB for an array with shape (25, 100000000)"),
     ],

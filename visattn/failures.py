@@ -12,6 +12,7 @@ from visattn.errors import UserError
 _MEMORY = (
     "can't allocate memory",  # the CPU allocator
     "not enough memory",  # the same on other systems
+    "Cannot allocate memory",  # shared memory, through which a loading process passes its batches
     "out of memory",  # CUDA, MPS, ROCm
     "CUBLAS_STATUS_ALLOC_FAILED",
     "std::bad_alloc",

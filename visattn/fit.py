@@ -318,6 +318,7 @@ def quiet() -> Iterator[None]:
             ".*callbacks used to create the checkpoint need to be provided.*",
             ".*could not find the monitored key.*",  # before the first validation of several epochs
             ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+            ".*AMP with fp16 is not supported on CPU.*",  # which is refused
         ):
             warnings.filterwarnings("ignore", message=message)
         yield
