@@ -141,3 +141,15 @@ def test_headers_differ_and_every_head_holds(tmp_path):
     assert 20 < anisotropic < 40
     write_heads(tmp_path, 0, 0)
     assert json.loads((tmp_path / "dataset.json").read_text())["numTraining"] == 0
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_on_written_heads(tmp_path):
+    write_heads(tmp_path / "heads", 5, 1)
+    small = ["--data.size", "[16, 16, 16]", "--data.batch_size", "2", "--data.cache_dir", str(tmp_path / "cache")]
+    network = ["--model.network.filters", "[4, 6, 8]", "--model.loss.deep_supervision", "[0.7, 0.3]"]
+    trainer = ["--trainer.max_epochs", "1", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+    start = ["fit", "--config", "meningioma_agunet", "--data.root", str(tmp_path / "heads"), "--data.num_workers", "0"]
+    assert main([*start, "--run", str(tmp_path / "run"), *small, *network, *trainer]) == 0
+    assert (tmp_path / "run/checkpoints/best.ckpt").is_file()
+    assert "meningioma" in (tmp_path / "run/report.html").read_text()
