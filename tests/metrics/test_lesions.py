@@ -147,6 +147,11 @@ def test_the_minimum_volume_leaves_small_lesions_out_on_both_sides():
     # nothing; 4 ml alone is false
     assert [scores[f"{name}_large"] for name in ("true", "found", "false")] == [2, 1, 1]
     assert [scores[f"{name}_small"] for name in ("true", "found", "false")] == [0, 0, 0]
+    # 5 ml that lie on a lesion of 3 ml, which does not count, are not false
+    scores = row(
+        boxes((9, 1, 1), ((0, 5), (0, 1), (0, 1))), boxes((9, 1, 1), ((0, 3), (0, 1), (0, 1))), LesionRule(minimum_ml=4)
+    )
+    assert (scores["false_large"], scores["lesion_f1"]) == (0, None)
     only_small = row(prediction[:9], truth[5:14], LesionRule(minimum_ml=6))
     assert only_small["lesion_f1"] is None
     assert only_small["dice"] is not None
