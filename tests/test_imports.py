@@ -36,7 +36,7 @@ LEVELS: list[set[str]] = [
     {"evaluate_plan", "networks"},
     {"checkpoint", "convert", "evaluate_show"},
     {"callbacks", "checkpoint_io", "members", "survival", "volume_inference"},
-    {"predict_volumes_measure", "predict_volumes_plan", "volume_predictor"},
+    {"predict_volumes_measure", "predict_volumes_plan", "scoring", "volume_predictor"},
     {"predict_volumes_report", "predict_volumes_run"},
     {"predict_volumes", "predictor", "task"},
     {"predict"},
