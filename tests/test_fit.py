@@ -303,8 +303,8 @@ def test_two_processes_share_one_run_and_score_every_case_once(polyps, tmp_path)
 
 
 @pytest.mark.slow  # real networks, as the recipes say
-@pytest.mark.parametrize("name", sorted(packaged_recipes()))
-def test_every_recipe_runs_as_written_but_for_size_and_epochs(name, tmp_path):
+@pytest.mark.parametrize("name", sorted(name for name in packaged_recipes() if name.startswith("polyp")))
+def test_every_recipe_of_images_runs_as_written_but_for_size_and_epochs(name, tmp_path):
     arguments = ["fit", "--config", name, "--run", str(tmp_path / "run"), "--data.size", "64"]
     assert main([*arguments, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", "3"]) == 0
     assert (tmp_path / "run" / "report.html").is_file()

@@ -8,8 +8,9 @@ from typing import Any
 from visattn.errors import UserError
 
 _EPILOG = """\
-WEIGHTS is Keras's .h5 (needs pip install 'visattn[keras]'), .pth or .safetensors, as the authors publish it. Arguments
-of the network follow as for visattn.create_model: --classes 3 --filters '[16, 32, 128, 256, 256]'"""
+WEIGHTS is Keras's .h5 (needs pip install 'visattn[keras]'), .pth or .safetensors,
+as the authors publish it. Arguments of the network follow as for
+visattn.create_model: --classes 3 --filters '[16, 32, 128, 256, 256]'"""
 
 
 def add(commands: Any) -> None:
@@ -21,7 +22,7 @@ def add(commands: Any) -> None:
         description=text,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="visattn convert WEIGHTS --model NAME --output W.safetensors [--ARGUMENT VALUE ...]",
+        usage="visattn convert WEIGHTS --model NAME --output W.safetensors\n       [--ARGUMENT VALUE ...]",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS")
     parser.add_argument("--model", required=True, metavar="NAME", help="the network: agunet, daunet or pranet")
