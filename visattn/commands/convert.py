@@ -8,14 +8,14 @@ from typing import Any
 from visattn.errors import UserError
 
 _EPILOG = """\
-WEIGHTS is Keras's .h5 (needs pip install 'visattn[keras]'), .pth or .safetensors,
-as the authors publish it. Arguments of the network follow as for
+WEIGHTS is Keras's .h5 (needs pip install 'visattn[keras]'), .pth or
+.safetensors, as the authors publish it. Arguments of the network follow as for
 visattn.create_model: --classes 3 --filters '[16, 32, 128, 256, 256]'"""
 
 
 def add(commands: Any) -> None:
     """Register the command."""
-    text = "write an author's weights, as Keras's .h5, as safetensors for visattn.load_official"
+    text = "write authors' weights (Keras .h5, .pth) as safetensors"
     parser = commands.add_parser(
         "convert",
         help=text,
