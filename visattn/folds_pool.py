@@ -11,7 +11,7 @@ import numpy as np
 from visattn import NOTICE
 from visattn.errors import UserError
 from visattn.folds_file import Folds
-from visattn.metrics import METRICS, Summary, summarise
+from visattn.metrics import DETAILS, METRICS, Summary, summarise
 from visattn.metrics.calibration import BINS, describe_calibration
 from visattn.report import write_report
 from visattn.scored import (
@@ -121,7 +121,7 @@ def _with_mean(table: Sequence[Summary]) -> list[Summary]:
 
 
 def _without_split(row: Row) -> dict[str, str]:
-    return {key: text for key, text in row.items() if key != "split" and (key in METRICS or key in _KEYS)}
+    return {key: text for key, text in row.items() if key != "split" and key in {*METRICS, *DETAILS, *_KEYS}}
 
 
 _KEYS = ("case", "group", "class")
