@@ -18,6 +18,7 @@ from scipy.spatial.distance import cdist
 
 from visattn.data.geometry import Geometry
 from visattn.labels import Labels
+from visattn.scratch import release
 
 COLUMNS = (
     *("class", "voxels", "ml", "components", "largest_ml", "largest_diameter_mm"),
@@ -87,6 +88,7 @@ def _parts(indices: NDArray[np.uint8], table: NDArray[np.bool_]) -> _Parts:
     last: tuple[tuple[slice, slice, slice], NDArray[np.int32], int] | None = None
     for part in slabs(shape):
         mask = table[indices[:, :, part]]
+        release(indices)
         box = _box(mask)
         if box is None:
             last = None
@@ -149,6 +151,7 @@ def _diameter(indices: NDArray[np.uint8], table: NDArray[np.bool_], found: _Part
         if box is None or not (owners == largest).any():
             continue
         marks, _ = ndimage.label(table[indices[:, :, part]][box], _NEIGHBOURS)
+        release(indices)
         own = np.concatenate([[False], owners == largest])[marks]
         # Only the ends of each line of voxels can be corners of the hull.
         ends = own.copy()
