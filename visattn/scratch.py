@@ -7,6 +7,7 @@ Files have no name: whatever ends the process, nothing is left behind.
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,16 +42,25 @@ class Scratch:
         with tempfile.TemporaryFile(dir=self.folder) as file:
             # A file with holes would kill the process when the disk turns out to be full.
             os.posix_fallocate(file.fileno(), 0, size)
-            return np.memmap(file, dtype, "r+", shape=tuple(shape))
+            array = np.memmap(file, dtype, "r+", shape=tuple(shape))
+        owner: Any = array.base
+        start = array.__array_interface__["data"][0]
+        _MAPS[start] = (start + size, weakref.ref(owner, lambda _: _MAPS.pop(start, None)))
+        return array
+
+
+_MAPS: dict[int, tuple[int, "weakref.ref[mmap.mmap]"]] = {}
+"""First address to the one behind the last, and the map of files that are there. A tensor made of an array, and an
+array made of that tensor, know the address and nothing else."""
 
 
 def release(array: NDArray[Any]) -> None:
     """Give back the memory of an array that lies in a file; its content stays. Nothing happens for any other."""
-    owner: Any = array
-    while owner is not None and not isinstance(owner, mmap.mmap):
-        owner = getattr(owner, "base", None)
-    if owner is not None:
-        owner.madvise(mmap.MADV_DONTNEED)
+    address = array.__array_interface__["data"][0]
+    for start, (stop, reference) in list(_MAPS.items()):
+        owner = reference()
+        if start <= address < stop and owner is not None:
+            owner.madvise(mmap.MADV_DONTNEED)
 
 
 class Pieces:
