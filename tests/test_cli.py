@@ -43,7 +43,7 @@ def test_module_and_command_are_the_same(tmp_path):
     ("arguments", "expected"),
     [
         (["fitt"], "Did you mean 'fit'?"),
-        (["predict"], "required: INPUT, --checkpoint, --output"),
+        (["predict"], "required: --checkpoint, --output"),
         (["predict", "x", "--checkpoint", "c", "--output", "o", "--overlay"], "Did you mean --overlays?"),
         (["phantom", "x", "--cout", "3"], "Did you mean --count?"),
         (["fit"], "required: --config"),

@@ -155,6 +155,7 @@ def test_several_classes_equal_monai_on_one_hot_masks(tmp_path):
     assert checked >= 8
 
 
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")  # what MONAI says where pydicom is installed
 def test_masks_that_monai_saved_pair_and_score_as_they_are(polyps, tmp_path):
     (tmp_path / "gt").symlink_to(polyps / "masks")
     load = LoadImage(image_only=True, ensure_channel_first=True)

@@ -396,10 +396,18 @@ def test_this_machine_without_a_gpu_needs_no_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, *words], check=False, capture_output=True).returncode == 0
 
 
+# No recipe holds a NUL character: the reader refuses it.
+KEYS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=6)
+
+
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=12) | st.floats(1e-6, 1e5),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=6), inner, max_size=3),
+        st.none()
+        | st.booleans()
+        | st.integers(-(10**9), 10**9)
+        | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+        | st.floats(1e-6, 1e5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
         max_leaves=6,
     )
 )

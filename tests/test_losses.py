@@ -408,7 +408,7 @@ def test_copies_and_devices():
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({}, "unknown loss 'None'"),
+        ({}, "the key 'name' is missing"),
         ({"name": "strukture"}, "Did you mean 'structure'"),
         ({"name": "focal", "gama": 2}, "Did you mean 'gamma'"),
         ({"name": "bce", "class_weight": {}}, "Did you mean 'class_weights'"),

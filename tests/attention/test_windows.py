@@ -114,7 +114,7 @@ def test_padding_and_cropping_leave_alone_what_fits():
 def test_flat_index():
     assert [flat_index(at, (2, 3, 4)) for at in itertools.product(range(2), range(3), range(4))] == list(range(24))
     for wrong in ((0, 3), (-1, 0), (0,), (0, 0, 0)):
-        with pytest.raises(ValueError, match=r"size \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"into the map \(2, 3\)"):
             flat_index(wrong, (2, 3))
 
 

@@ -64,7 +64,7 @@ def test_checking_builds_nothing():
     check_network({"name": "pranet", "backbone": "no such model", "activation": "sigmoid"})
     with pytest.raises(UserError, match="Did you mean 'pranet'"):
         check_network({"name": "prannet"})
-    with pytest.raises(UserError, match="unknown network 'None'"):
+    with pytest.raises(UserError, match="the key 'name' is missing"):
         check_network({})
     with pytest.raises(UserError, match="Did you mean 'backbone'"):
         check_network({"name": "pranet", "backbon": "resnet18"})
