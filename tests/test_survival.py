@@ -178,7 +178,8 @@ def start(polyps: Path, run: Path, log: Path, **keys: str) -> subprocess.Popen[b
     """The command in a session of its own, as a shell or a scheduler starts it."""
     environment = {key: value for key, value in os.environ.items() if key not in {"VISATTN_RUN", "LOCAL_RANK"}}
     words = [sys.executable, "-m", "visattn", *arguments(polyps, run, **keys)]
-    return subprocess.Popen(words, stderr=log.open("wb"), start_new_session=True, env=environment)
+    with log.open("wb") as handle:
+        return subprocess.Popen(words, stderr=handle, start_new_session=True, env=environment)
 
 
 def wait_for(log: Path, text: str, process: subprocess.Popen[bytes]) -> None:
