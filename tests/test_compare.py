@@ -456,7 +456,7 @@ def test_a_missing_prediction_of_evaluate_is_drawn_as_empty(masks):
 HOSTILE = [
     '<script>alert("x")</script>',
     '"><img src=x onerror=alert(1)>',
-    "{{ 7 * 7 }}",
+    "{{ 1234567 * 9 }}",
     "=1+1",
     "$\\frac{$",
     "名\u202e",
@@ -489,7 +489,7 @@ def test_hostile_names_are_text(tmp_path, name, capsys):
     assert not [key for _, key, _ in page.attributes if key.startswith("on")]
     assert all(value.startswith("data:image/") for _, key, value in page.attributes if key in {"src", "href"})
     assert "http:" not in page.source
-    assert "49" not in re.sub(r"[\d.]{4,}|data:\S+", "", page.words)
+    assert "11111103" not in re.sub(r"[\d.]{4,}|data:\S+", "", page.words)
     assert name in page.text
     policy = [value for _, key, value in page.attributes if key == "content" and "default-src" in value]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
