@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / "visattn"
 LEVELS: list[set[str]] = [
     {"errors", "versions"},
     {"archives", "cells", "files", "labels", "signals"},
-    {"distrust", "folds_file", "keras_file", "scratch"},
+    {"components", "distrust", "folds_file", "keras_file", "scratch"},
     {
         "attention",
         "data",
@@ -30,7 +30,7 @@ LEVELS: list[set[str]] = [
         "runs",
         "space",
     },
-    {"mask_files", "overlay3d"},
+    {"mask_files", "overlay3d", "postprocessing"},
     {"backbones", "curves", "heads", "inference3d", "predict_plan", "recipe", "scored", "survey", "viz"},
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},

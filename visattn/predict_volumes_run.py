@@ -16,16 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from visattn.components import slabs
 from visattn.data.geometry import Geometry
 from visattn.data.nifti import StreamWriter
 from visattn.data.volume_preprocessing import Plan, Size3
-from visattn.data.volumes import image_geometry, read_case
+from visattn.data.volumes import check_contrast, image_geometry, read_case
 from visattn.errors import UserError
 from visattn.overlay import write_png
 from visattn.overlay3d import draw_planes
 from visattn.predict_plan import shown
 from visattn.predict_record import MANIFEST, Entry, Record, file_hash, inputs_hash
-from visattn.predict_volumes_measure import measure, slabs
+from visattn.predict_volumes_measure import measure
 from visattn.predict_volumes_plan import VolumeOutput
 from visattn.progress import Bar
 from visattn.scratch import Scratch, release
@@ -169,8 +170,9 @@ class Run:
         total = sum(count for _, count in cases)
         windows = f"{total} windows of {' x '.join(map(str, size))}, " if self.engine.patch else ""
         precision = "" if self.engine.autocast is None else ", bfloat16"
+        of = f" of {len(outputs)}" if len(cases) < len(outputs) else ""
         print(
-            f"{len(outputs)} case{'s' if len(outputs) > 1 else ''}, {windows}about {duration(seconds * total)} "
+            f"{len(cases)}{of} case{'s' if len(outputs) > 1 else ''}, {windows}about {duration(seconds * total)} "
             f"on {self.predictor.device}{precision}",
             file=sys.stderr,
             flush=True,
@@ -202,6 +204,7 @@ class Run:
             raise UserError(entry.error)
         sha256 = inputs_hash(entry.inputs)
         array, geometry, notes = read_case(entry.case, scratch=scratch)
+        notes += check_contrast(entry.case, array)
         prepared, plan = self.predictor.preprocessing.forward(array, geometry, scratch)
         kept = array[0] if entry.overlay else None
         return Ready(sha256, prepared.numpy(), plan, geometry, kept, notes, time.monotonic() - started)
