@@ -1,10 +1,13 @@
 """Attention blocks, backbones and segmentation networks for medical images.
 
-Importing the package is cheap: what needs torch is imported when it is first used.
+Importing the package is cheap: what needs torch is imported when it is first used. With it, timm's registry holds our
+backbones under names that begin with `va_`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from visattn._timm import register
 
 __version__ = "0.1.0.dev0"
 NOTICE = "Research software: not a medical device, not for diagnosis or treatment."
@@ -32,3 +35,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+register()

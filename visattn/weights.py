@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,19 +45,59 @@ def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwarg
     """A network with its authors' weights, in eval mode.
 
     Args:
-        name: A key of `OFFICIAL`.
+        name: A key of `OFFICIAL`, or a registered backbone (`va_...`) that has official weights.
         state_dict: The authors' state dict, also wrapped as `{"state_dict": ...}` or `{"model": ...}` or with every key
             under `module.`; or the path of a file that holds it.
-        kwargs: Arguments of the network, as for `visattn.create_model`.
+        kwargs: Arguments of the network, as for `visattn.create_model`, or of the backbone, as for `timm.create_model`.
 
     Raises:
         UserError: An entry is missing, unexpected or of another shape; the message names it.
     """
     if name not in OFFICIAL:
-        raise unknown("network with official weights", name, OFFICIAL)
+        families = _families()
+        if name not in families:
+            raise unknown("network with official weights", name, [*OFFICIAL, *families])
     tensors = read_weights(state_dict) if isinstance(state_dict, str | Path) else unwrap(state_dict)
-    network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(name, tensors, **kwargs)
-    return network.eval()
+    if name in OFFICIAL:
+        network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(name, tensors, **kwargs)
+        return network.eval()
+    return _official_backbone(name, families[name], tensors, kwargs).eval()
+
+
+def _families() -> dict[str, ModuleType]:
+    """The backbones whose families know official weights."""
+    from visattn.backbones import FAMILIES
+
+    return {name: module for name, module in FAMILIES.items() if hasattr(module, "official_name")}
+
+
+def _official_backbone(name: str, family: Any, official: dict[str, Tensor], kwargs: dict[str, Any]) -> nn.Module:
+    """The backbone `name` with the authors' weights.
+
+    A family's module holds `official_name(key)`: our key to the authors'; `unused(model)`: their entries that no output
+    depends on, with shapes; and, where tensors are stored in another form, `translate(official, model)`: the same keys
+    with tensors in our form. The number of classes is the checkpoint's unless it is given.
+    """
+    import timm
+
+    classifier = family.official_name("head.fc.weight")
+    if "num_classes" not in kwargs and classifier in official:
+        kwargs["num_classes"] = len(official[classifier])
+    model = timm.create_model(name, pretrained=False, **kwargs)
+    net: nn.Module = model.model if kwargs.get("features_only") else model  # type: ignore[assignment]
+    unused = dict(family.unused(net))
+    if kwargs.get("features_only"):
+        # What a model of maps leaves out, its head and the stages behind the last map, the checkpoint may hold.
+        arguments = {key: value for key, value in kwargs.items() if key not in ("features_only", "out_indices")}
+        with torch.device("meta"):
+            whole = timm.create_model(name, pretrained=False, **arguments)
+        own = net.state_dict()
+        left = {family.official_name(k): tuple(v.shape) for k, v in whole.state_dict().items() if k not in own}
+        unused = {**left, **dict(family.unused(whole)), **unused}
+    if hasattr(family, "translate"):
+        official = family.translate(official, net)
+    load_renamed(net, official, family.official_name, unused, f"{name}")
+    return model
 
 
 def load_renamed(

@@ -1,1 +1,15 @@
-"""Backbones of our own, registered with timm; none yet: heads take any timm backbone by name."""
+"""Backbones, one family per file; importing this package registers them with timm.
+
+`FAMILIES` maps each registered name to its family's module. A family that has official weights holds two functions
+there, `official_name` and `unused`, and may hold a third, `translate`; `visattn.weights` says what they do.
+"""
+
+from types import ModuleType
+
+from visattn.backbones import pyramid
+
+_MODULES: tuple[ModuleType, ...] = (pyramid,)
+FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
+"""Registered names and the modules that hold them."""
+
+__all__ = ["FAMILIES"]

@@ -1,0 +1,341 @@
+"""What every backbone is: stem, stages, norm and head, with timm's contract around them.
+
+A family builds its parts and hands them to `Backbone`; there is no subclass per family. The parts work in one layout
+throughout, channels-last (B, *S, C) or channels-first (B, C, *S); images come in and maps go out channels-first.
+
+Legend: B batch, *S spatial axes, C channels, N classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers.drop import DropPath
+from timm.models import checkpoint_seq
+from torch import Tensor, nn
+
+Indices = int | Sequence[int] | None
+
+
+class Stage(nn.Module):
+    """A change of resolution and width, then blocks.
+
+    Args:
+        downsample: Takes the previous map; the identity where nothing changes.
+        blocks: Run one after another; these are what gradient checkpointing runs again.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The next map."""
+        x = self.downsample(x)
+        again = self.grad_checkpointing and torch.is_grad_enabled()
+        x = checkpoint_seq(self.blocks, x) if again else self.blocks(x)
+        return x
+
+
+class Head(nn.Module):
+    """Global pooling and a classifier.
+
+    Args:
+        in_features: Channels C of the last map.
+        num_classes: N; 0 leaves the classifier out.
+        pool: `avg`, `max`, or empty: every position is then classified and a map comes out.
+        channels_last: Layout of the map.
+        norm: Applied to the pooled features, on the last axis.
+        hidden: Applied after the norm, on the last axis: (B, C) to (B, hidden_features).
+        hidden_features: Width after `hidden`; None: `in_features`.
+        drop_rate: Dropout before the classifier.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        pool: str = "avg",
+        channels_last: bool,
+        norm: nn.Module | None = None,
+        hidden: nn.Module | None = None,
+        hidden_features: int | None = None,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_features = hidden_features or in_features
+        self.channels_last = channels_last
+        self.norm = norm or nn.Identity()
+        self.pre_logits = hidden or nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.fc: nn.Module = nn.Identity()
+        self.pool = ""
+        self.reset(num_classes, pool)
+
+    def reset(self, num_classes: int, pool: str | None = None) -> None:
+        """A new classifier of `num_classes`, and new pooling unless None."""
+        if pool is not None:
+            if pool not in ("", "avg", "max"):
+                raise ValueError(f"global_pool must be 'avg', 'max' or '' (none), got {pool!r}")
+            self.pool = pool
+        if num_classes == 0:
+            self.fc = nn.Identity()
+            return
+        old = next((tensor for tensor in self.parameters()), None)
+        self.fc = nn.Linear(self.num_features, num_classes, device=None if old is None else old.device)
+        nn.init.trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, N) of a map; without pooling a map of logits in the layout of `x`."""
+        if not self.channels_last:
+            x = x.movedim(1, -1)
+        axes = tuple(range(1, x.ndim - 1))
+        if self.pool:
+            x = x.mean(axes) if self.pool == "avg" else x.amax(axes)
+        x = self.drop(self.pre_logits(self.norm(x)))
+        if not pre_logits:
+            x = self.fc(x)
+        return x if self.pool or self.channels_last else x.movedim(-1, 1)
+
+
+class Backbone(nn.Module):
+    """A hierarchical network for classification and for maps, with the interface of timm's models.
+
+    Args:
+        stem: Image (B, in_chans, *S) to the first map, in the backbone's layout.
+        stages: Each gives one map.
+        widths: Channels of each map.
+        reductions: How many pixels of the image one position of each map stands for, per axis.
+        norm: Applied to the last map by `forward_features`.
+        head: Features to logits.
+        in_chans: Channels of the image.
+        channels_last: Layout between the parts.
+        map_norms: Norms of the maps that `forward_intermediates` gives, one per stage; the un-normalised map goes on to
+            the next stage. None: maps are given as they are.
+        no_decay: Names of parameters, or ends of names, without weight decay beside biases and vectors.
+
+    Attributes:
+        feature_info: A record per map: `num_chs`, `reduction`, `module`.
+        num_features: Channels of the last map.
+        head_hidden_size: Width of the features before the classifier.
+        output_fmt: `NHWC` or `NCHW`, the layout of `forward_features`.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Sequence[nn.Module],
+        *,
+        widths: Sequence[int],
+        reductions: Sequence[int],
+        norm: nn.Module,
+        head: Head,
+        in_chans: int,
+        num_classes: int,
+        channels_last: bool,
+        map_norms: Sequence[nn.Module] | None = None,
+        no_decay: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.channels_last = channels_last
+        self.output_fmt = "NHWC" if channels_last else "NCHW"
+        self.num_features = widths[-1]
+        self.head_hidden_size = head.num_features
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": width, "reduction": reduction, "module": f"stages.{index}"}
+            for index, (width, reduction) in enumerate(zip(widths, reductions, strict=True))
+        ]
+        self.stem = stem
+        self.stages = nn.ModuleList(stages)
+        self.norm = norm
+        self.head = head
+        if map_norms is not None:
+            self.map_norms = nn.ModuleList(map_norms)
+        self._no_decay = tuple(no_decay)
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone."""
+        return (
+            {name for name, _ in self.named_parameters() if name.endswith(self._no_decay)} if self._no_decay else set()
+        )
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameters into layers, from the image on."""
+        blocks = [(r"^stages\.(\d+)", None)] if coarse else [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)", (0,)),
+        ]  # fmt: skip
+        return {"stem": r"^stem", "blocks": [*blocks, (r"^norm|^map_norms", (99999,))]}
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether backward computes the blocks' activations again instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.grad_checkpointing = enable
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier; 0 classes leave it out, an empty `global_pool` leaves the pooling out."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of several stages, and what `forward_features` gives.
+
+        Args:
+            x: (B, in_chans, *S).
+            indices: Stages to take: None all, an integer the last so many, else a list (negative from the end).
+            norm: Whether the last stage's map is taken after the final norm.
+            stop_early: Stop at the last stage asked for.
+            output_fmt: `NCHW` (any rank, channels-first) or `NHWC`.
+            intermediates_only: Give only the list of maps.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        taken = taken_indices(len(self.feature_info), indices)
+        maps: list[Tensor] = []
+        stages = list(self.stages)[: max(taken) + 1] if stop_early else list(self.stages)
+        norms = getattr(self, "map_norms", None)
+        x = self.stem(x)
+        last = len(self.feature_info) - 1
+        for index, stage in enumerate(stages):
+            x = stage(x)
+            if index in taken:
+                found = self.norm(x) if norm and index == last else x
+                if norms is not None:
+                    found = norms[index](found)
+                maps.append(self._as(found, output_fmt))
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if len(stages) == last + 1 else x), maps
+
+    def prune_intermediate_layers(
+        self, indices: Indices = None, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages behind the last one asked for, and on request the norm and the head."""
+        taken = taken_indices(len(self.feature_info), indices)
+        self.stages = self.stages[: max(taken) + 1]
+        if hasattr(self, "map_norms"):
+            # A norm whose map is not asked for would never get a gradient.
+            self.map_norms = nn.ModuleList(
+                norm if index in taken else nn.Identity() for index, norm in enumerate(self.map_norms)
+            )
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+            self.head.norm = self.head.pre_logits = nn.Identity()
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, normalised, in the layout `output_fmt`."""
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        x = self.norm(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits of `forward_features`' map, or the features before the classifier."""
+        out: Tensor = self.head(x, pre_logits=pre_logits)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, N) of images (B, in_chans, *S)."""
+        return self.forward_head(self.forward_features(x))
+
+    def _as(self, x: Tensor, output_fmt: str) -> Tensor:
+        if output_fmt == self.output_fmt:
+            return x
+        return x.movedim(-1, 1) if self.channels_last else x.movedim(1, -1)
+
+
+def taken_indices(number: int, indices: Indices) -> list[int]:
+    """`indices` of `number` maps as absolute ones: None all, an integer the last so many, negative from the end."""
+    if indices is None:
+        return list(range(number))
+    wanted = [number - indices + i for i in range(indices)] if isinstance(indices, int) else list(indices)
+    absolute = [number + index if index < 0 else index for index in wanted]
+    if not absolute or any(not 0 <= index < number for index in absolute):
+        raise ValueError(f"out_indices must name some of the {number} maps (0 to {number - 1}), got {indices!r}")
+    return absolute
+
+
+def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
+    """The rate of each block of each stage, growing linearly from 0 to `rate` over all blocks."""
+    each = torch.linspace(0, rate, sum(depths), dtype=torch.float64).tolist()
+    return [each[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
+
+
+def drop_path(rate: float) -> nn.Module:
+    """Stochastic depth: in training, a sample's branch is left out with probability `rate`."""
+    return DropPath(rate) if rate else nn.Identity()
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between, on the last axis.
+
+    Args:
+        dim: Channels in and out.
+        hidden: Channels between.
+        act: Activation layer's class.
+        drop: Dropout after each layer.
+    """
+
+    def __init__(self, dim: int, hidden: int, act: type[nn.Module] = nn.GELU, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *S, dim) to the same shape."""
+        x = self.drop(self.act(self.fc1(x)))
+        x = self.drop(self.fc2(x))
+        return x
+
+
+class ToChannelsLast(nn.Module):
+    """(B, C, *S) to (B, *S, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A view of `x`."""
+        return x.movedim(1, -1)
+
+
+class ToChannelsFirst(nn.Module):
+    """(B, *S, C) to (B, C, *S)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A view of `x`."""
+        return x.movedim(-1, 1)
+
+
+def init_linear(module: nn.Module) -> None:
+    """The usual initialisation of transformers: linear weights from a normal of 0.02, cut at 2, and biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,47 @@
+"""How a family's builder becomes a model of timm: defaults, feature maps, and official weights by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg
+from torch import nn
+
+
+def config(first_conv: str, classifier: str = "head.fc", **overrides: Any) -> dict[str, Any]:
+    """A record of timm's default configuration: ImageNet at 224 unless told otherwise, no weights to download."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": classifier,
+        **overrides,
+    }
+
+
+def build(
+    builder: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    *,
+    out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> nn.Module:
+    """The model `variant`, as timm's `create_model` wants it.
+
+    Args:
+        builder: Makes the model from its arguments.
+        variant: The registered name.
+        pretrained: Whether to load the weights that the configuration names.
+        out_indices: Maps that `features_only=True` gives by default.
+        kwargs: Arguments of the builder, and timm's own (`features_only`, `out_indices`, `pretrained_cfg`, ...).
+    """
+    feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
+    model: nn.Module = build_model_with_cfg(builder, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+    return model
