@@ -43,7 +43,8 @@ def test_components_do_not_depend_on_slabs(seed, faces_only, slab):
             if held.box is not None:
                 wanted = np.arange(len(found.sizes)) == number
                 own[:, :, held.part][held.box] = found.chosen(mask[:, :, held.part][held.box], held, wanted)
-        assert own.sum() == found.sizes[number] and len(np.unique(marks[own])) == 1
+        assert own.sum() == found.sizes[number]
+        assert len(np.unique(marks[own])) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -52,7 +53,7 @@ def test_the_largest_part_of_each_label_stays(seed, slab):
     before = noise(seed)
     after = done(before, "keep_largest", slab=slab)
     for index in (1, 2):
-        marks, count = ndimage.label(before == index, ALL)
+        marks, _count = ndimage.label(before == index, ALL)
         sizes = np.bincount(marks.ravel())[1:]
         assert (after == index).sum() == sizes.max() < sizes.sum()
         assert ndimage.label(after == index, ALL)[1] == 1
@@ -62,7 +63,8 @@ def test_the_largest_part_of_each_label_stays(seed, slab):
 def test_only_the_labels_that_are_named():
     before = noise(1)
     after = done(before, {"name": "keep_largest", "labels": ["core"]})
-    assert np.array_equal(after == 1, before == 1) and (after == 2).sum() < (before == 2).sum()
+    assert np.array_equal(after == 1, before == 1)
+    assert (after == 2).sum() < (before == 2).sum()
 
 
 def test_labels_together_are_one_thing():
@@ -71,7 +73,8 @@ def test_labels_together_are_one_thing():
     together = done(before, {"name": "remove_small", "voxels": 3, "together": True})
     assert np.array_equal(together, before)
     apart = done(before, {"name": "remove_small", "voxels": 3})
-    assert (apart > 0).sum() == 3 and (apart[5:8] == 1).sum() == 3
+    assert (apart > 0).sum() == 3
+    assert (apart[5:8] == 1).sum() == 3
 
 
 def test_small_is_measured_in_ml_and_a_part_of_just_that_volume_stays():
@@ -120,7 +123,8 @@ def test_an_image_is_changed_in_place():
     image = np.zeros((8, 8), np.uint8)
     image[0, 0], image[3:6, 3:6] = 1, 1
     PostProcessing.from_config(["keep_largest"], CLASSES, 2).apply(image)
-    assert image[0, 0] == 0 and image.sum() == 9
+    assert image[0, 0] == 0
+    assert image.sum() == 9
 
 
 def test_what_leaves_a_region_leaves_those_within_and_stays_in_those_around():
@@ -128,9 +132,12 @@ def test_what_leaves_a_region_leaves_those_within_and_stays_in_those_around():
     before[0:5], before[1:3, 1], before[4, 1] = 1, 2, 2  # whole of 45 voxels, its inner parts of 6 and 3
     before[8:10, 1, 1] = 2  # another whole, all of it inner
     inner = done(before, {"name": "remove_small", "voxels": 4, "labels": ["inner"]}, labels=REGIONS)
-    assert (inner[4, 1] == 1).all() and (inner[8:10, 1, 1] == 1).all() and (inner[1:3, 1] == 2).all()
+    assert (inner[4, 1] == 1).all()
+    assert (inner[8:10, 1, 1] == 1).all()
+    assert (inner[1:3, 1] == 2).all()
     whole = done(before, {"name": "keep_largest", "labels": ["whole"]}, labels=REGIONS)
-    assert not whole[8:].any() and np.array_equal(whole[:5], before[:5])
+    assert not whole[8:].any()
+    assert np.array_equal(whole[:5], before[:5])
 
 
 def test_holes_of_an_inner_region_are_filled_within_the_outer():
@@ -138,7 +145,8 @@ def test_holes_of_an_inner_region_are_filled_within_the_outer():
     before[1:6, 1:6, 1:6] = 2
     before[3, 3, 3], before[2, 2, 2] = 1, 0
     after = done(before, "fill_holes", labels=REGIONS)
-    assert (after[1:6, 1:6, 1:6] == 2).all() and (after > 0).sum() == 125
+    assert (after[1:6, 1:6, 1:6] == 2).all()
+    assert (after > 0).sum() == 125
 
 
 def test_nothing_and_nothing_there():

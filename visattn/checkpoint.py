@@ -11,7 +11,7 @@ Status: format 1. A reader refuses every other number, so a change that an old r
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Checkpoint:
         network: arguments of `create_model`, with its `name`.
         versions: of the libraries that wrote it.
         data: `description` and `fingerprint` of the training data.
-        postprocessing: `threshold` of binary and region outputs.
+        postprocessing: `threshold` of binary and region outputs; `steps` of `PostProcessing.from_config`, if any.
         state_dict: the network's weights, on the CPU, without Lightning's prefix.
     """
 
@@ -91,6 +91,7 @@ def checkpoint_metadata(
     data: Mapping[str, Any],
     task: str = "segmentation",
     threshold: float = 0.5,
+    steps: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """What a writer stores as `checkpoint[KEY]`: the description of the weights, in plain Python.
 
@@ -103,6 +104,7 @@ def checkpoint_metadata(
         data: `description` and `fingerprint`.
         task: what the network does.
         threshold: probability from which a binary or region output is foreground.
+        steps: `PostProcessing.to_config()`.
 
     Raises:
         TypeError: a value is not plain (its key is named). Tuples become lists and str subclasses become str, because
@@ -116,7 +118,7 @@ def checkpoint_metadata(
         "network": {**network, "pretrained": False},
         "versions": library_versions(LIBRARIES),
         "data": data,
-        "postprocessing": {"threshold": threshold},
+        "postprocessing": {"threshold": threshold} | ({"steps": steps} if steps else {}),
     }
     result = plain(entry, KEY)
     assert isinstance(result, dict)

@@ -14,6 +14,7 @@ from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.errors import UserError, unknown
 from visattn.folds_file import has_folds, read_folds
 from visattn.labels import Labels
+from visattn.postprocessing import PostProcessing
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
@@ -90,6 +91,22 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing | Vo
     if checkpoint.task != "segmentation":
         raise UserError(f"{checkpoint.path}: its task is '{checkpoint.task}'; masks need a segmentation network.")
     return labels, preprocessing, threshold
+
+
+def parse_postprocessing(checkpoint: Checkpoint) -> PostProcessing:
+    """What is done to the masks of a checkpoint's network.
+
+    Raises:
+        UserError: It makes no sense.
+    """
+    try:
+        labels = Labels.from_config(**checkpoint.labels)
+        return PostProcessing.from_config(checkpoint.postprocessing.get("steps"), labels, rank_of(checkpoint))
+    except (TypeError, UserError) as error:
+        raise UserError(
+            f"{checkpoint.path}: damaged checkpoint: its post-processing makes no sense ({error}).\n"
+            "Use another checkpoint of the same run."
+        ) from error
 
 
 def rank_of(checkpoint: Checkpoint) -> int:

@@ -249,6 +249,7 @@ class _Run:
         started = time.monotonic()
         case, labels = decoded.case, self.predictor.labels
         indices = labels.from_probabilities(probability, self.threshold)
+        self.predictor.postprocessing.apply(indices)
         content: dict[str, bytes] = {}
         for file, channel in zip(case.probabilities, probability, strict=False):
             content[file] = encode_png(np.round(channel * 65535).astype(np.uint16))

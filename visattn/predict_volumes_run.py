@@ -250,6 +250,7 @@ class Run:
         """Write one case's files, the mask last."""
         started = time.monotonic()
         labels, geometry = self.predictor.labels, ready.geometry
+        self.predictor.postprocessing.apply(maps.indices, geometry.voxel_ml)
         maps_of = {
             entry.probabilities: maps.probabilities,
             entry.uncertainty: maps.entropy,

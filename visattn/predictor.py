@@ -15,7 +15,15 @@ from visattn.data.images import Preprocessing, prepare, read_image
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.errors import UserError
 from visattn.inference import TestTimeAugmentation, iter_probabilities
-from visattn.members import check_members, find_device, parse_checkpoint, place_networks, rank_of, read_members
+from visattn.members import (
+    check_members,
+    find_device,
+    parse_checkpoint,
+    parse_postprocessing,
+    place_networks,
+    rank_of,
+    read_members,
+)
 from visattn.volume_predictor import VolumePredictor
 
 ImageLike = Path | str | Image.Image | NDArray[np.uint8]
@@ -36,6 +44,7 @@ class Predictor:
         recipe: The resolved recipe it was trained with (that of the first fold).
         networks: The modules, in eval mode, on the device; one, or one for each fold.
         threshold: Probability from which a binary or region output is foreground.
+        postprocessing: What is done to a mask.
 
     Raises:
         UserError: The checkpoint does not fit this version, or the device is not there.
@@ -46,6 +55,7 @@ class Predictor:
         self.checkpoints = (checkpoints,) if isinstance(checkpoints, Checkpoint) else tuple(checkpoints)
         check_members(self.checkpoints)
         self.labels, preprocessing, self.threshold = parse_checkpoint(self.checkpoints[0])
+        self.postprocessing = parse_postprocessing(self.checkpoints[0])
         if isinstance(preprocessing, VolumePreprocessing):
             raise UserError(f"{self.checkpoints[0].path}: its network takes volumes; visattn.load gives its predictor")
         self.preprocessing: Preprocessing = preprocessing
@@ -77,7 +87,9 @@ class Predictor:
             tta: `flips` averages over mirror images.
         """
         probabilities = self.predict_proba(image, tta)
-        return self.labels.decode(self.labels.from_probabilities(probabilities, self.threshold))
+        indices = self.labels.from_probabilities(probabilities, self.threshold)
+        self.postprocessing.apply(indices)
+        return self.labels.decode(indices)
 
     def predict_proba(self, image: ImageLike, tta: TestTimeAugmentation = "none") -> NDArray[np.float32]:
         """Probabilities (channels, H, W): one channel if binary, else one for each class or region."""

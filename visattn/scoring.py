@@ -22,6 +22,7 @@ from visattn.inference import predict_probabilities
 from visattn.inference3d import Grid
 from visattn.labels import IGNORE, Labels
 from visattn.overlay import write_png
+from visattn.postprocessing import PostProcessing
 from visattn.scored import safe_name
 from visattn.volume_inference import Engine
 
@@ -72,7 +73,12 @@ def mask_name(case: str, rank: int) -> str:
 
 
 def score_images(
-    network: Network, loss: Loss, batch: Mapping[str, Any], labels: Labels, device: torch.device
+    network: Network,
+    loss: Loss,
+    batch: Mapping[str, Any],
+    labels: Labels,
+    device: torch.device,
+    postprocessing: PostProcessing | None = None,
 ) -> tuple[Tensor, list[Outcome]]:
     """Score a batch of images.
 
@@ -82,6 +88,7 @@ def score_images(
         batch: {image (B, C, h, w), target: list of (H, W), case, group}.
         labels: The label map.
         device: Where the network is.
+        postprocessing: What is done to the masks.
 
     Returns:
         The loss at the network's size, and an outcome for each image at its own.
@@ -97,6 +104,8 @@ def score_images(
     outcomes = []
     for case, group, truth, probability in zip(batch["case"], batch["group"], natives, probabilities, strict=True):
         predicted = labels.from_probabilities(probability, THRESHOLD)
+        if postprocessing is not None:
+            postprocessing.apply(predicted)
         outcomes.append(Outcome(case, group, truth, predicted, probability))
     return value.detach(), outcomes
 
@@ -110,6 +119,7 @@ def score_volumes(
     device: torch.device,
     window: Size3 | None,
     calls: int = 1,
+    postprocessing: PostProcessing | None = None,
 ) -> tuple[Tensor, list[Outcome]]:
     """Score volumes one by one.
 
@@ -121,6 +131,7 @@ def score_volumes(
         device: Where the network is.
         window: (d, h, w); None: whole volumes.
         calls: Windows in a call at most.
+        postprocessing: What is done to the masks.
 
     Returns:
         The mean loss over all windows, and an outcome for each volume on the voxels of its file.
@@ -138,6 +149,8 @@ def score_volumes(
     ):
         heard.start(engine.grid(plan.size), target)
         predicted = engine.run(image, plan).indices
+        if postprocessing is not None:
+            postprocessing.apply(predicted, geometry.voxel_ml)
         outcomes.append(Outcome(case, group, np.asarray(truth), predicted, None, geometry))
     return heard.total / max(1, heard.count), outcomes
 
