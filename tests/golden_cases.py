@@ -7,10 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pytest
 import torch
 
-TESTS = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
 
 
 def load(path: Path) -> ModuleType:
@@ -69,15 +68,3 @@ class Golden:
         if "noise" in facts:
             return difference / (max(20 * facts["noise"], 5e-6) * float(np.abs(stored).max()))
         return difference / (2e-5 * facts["std"])
-
-
-@pytest.fixture
-def golden():
-    """`golden(system, variant)` opens the golden case of that name."""
-    return Golden
-
-
-@pytest.fixture
-def reference():
-    """`reference(name)` is the module tests/reference/<name>.py."""
-    return lambda name: load(TESTS / "reference" / f"{name}.py")
