@@ -146,7 +146,7 @@ def plan_cases(
         overlay = str("overlays" / folder / fitted_name(relative.stem, ".png")) if overlays else None
         cases.append(Case(path, mask, files if probabilities else (), overlay))
     check_collisions(cases, output, case_sensitive)
-    _check_inside(cases, output)
+    check_inside(cases, output)
     return cases
 
 
@@ -206,8 +206,12 @@ def check_collisions(cases: Sequence[Planned], output: Path, case_sensitive: boo
                 )
 
 
-def _check_inside(cases: Sequence[Case], output: Path) -> None:
-    """Refuse links in the output folder that lead out of it: masks would be written there."""
+def check_inside(cases: Sequence[Planned], output: Path) -> None:
+    """Refuse links in the output folder that lead out of it: masks would be written there.
+
+    Raises:
+        UserError: There is such a link.
+    """
     real = Path(os.path.realpath(output))
     for folder in sorted({str(PurePosixPath(file).parent) for case in cases for file in case.files}):
         if not Path(os.path.realpath(output / folder)).is_relative_to(real):

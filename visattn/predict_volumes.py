@@ -102,6 +102,7 @@ def predict_volumes(
         planned = plan_volumes(found, problems, output, wanted, case_sensitive)
         record = Record(output, _settings(predictor), _about(predictor, checkpoint), fresh=overwrite, table=VOLUMES)
         todo = record.unfinished(planned, overwrite)
+        todo.sort(key=lambda entry: entry.case is not None)  # what is known to fail is told before the network runs
         grids = grids_of(todo)
         check_disk(todo, grids, output, predictor.labels)
         if len(members) > 1:

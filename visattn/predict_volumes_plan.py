@@ -10,7 +10,7 @@ from visattn.data.volumes import Problem, VolumeCase
 from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.overlay import safe_name
-from visattn.predict_plan import check_collisions, fitted_name, shown
+from visattn.predict_plan import check_collisions, check_inside, fitted_name, shown
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def plan_volumes(
             planned.append(entry)
             taken.add(entry.mask)
     check_collisions(planned, output, case_sensitive)
+    check_inside(planned, output)
     return planned
 
 

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from visattn.checkpoint import Checkpoint
 from visattn.data.geometry import Geometry
 from visattn.data.volume_preprocessing import VolumePreprocessing
-from visattn.data.volumes import VolumeCase, find_volume_cases, read_case
+from visattn.data.volumes import VolumeCase, check_contrast, find_volume_cases, read_case
 from visattn.errors import UserError, unknown
 from visattn.inference3d import VIEWS, ViewsOf3d
-from visattn.members import check_members, find_device, parse_checkpoint, place_networks
+from visattn.members import check_members, find_device, parse_checkpoint, parse_postprocessing, place_networks
 from visattn.volume_inference import Engine, Maps
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -40,6 +40,7 @@ class VolumePredictor:
     Attributes:
         labels: What the values of a mask mean.
         preprocessing: What a volume goes through, and the names of the channels.
+        postprocessing: What is done to a mask.
         recipe: The resolved recipe it was trained with (that of the first fold).
         networks: The modules, in eval mode, on the device; one, or one for each fold.
         engine: What takes prepared volumes through the networks.
@@ -60,6 +61,7 @@ class VolumePredictor:
         self.checkpoints = (checkpoints,) if isinstance(checkpoints, Checkpoint) else tuple(checkpoints)
         check_members(self.checkpoints)
         self.labels, preprocessing, threshold = parse_checkpoint(self.checkpoints[0])
+        self.postprocessing = parse_postprocessing(self.checkpoints[0])
         if not isinstance(preprocessing, VolumePreprocessing):
             raise UserError(f"{self.checkpoints[0].path}: its network takes images, not volumes")
         if tta not in VIEWS:
@@ -115,9 +117,13 @@ class VolumePredictor:
                     f"{np.shape(volume)}"
                 )
         else:
-            array, geometry, _ = read_case(self._case(volume))
+            case = self._case(volume)
+            array, geometry, _ = read_case(case)
+            check_contrast(case, array)
         prepared, plan = self.preprocessing.forward(array, geometry)
-        return self.engine.run(prepared, plan, with_probabilities=with_probabilities)
+        maps = self.engine.run(prepared, plan, with_probabilities=with_probabilities)
+        self.postprocessing.apply(maps.indices, geometry.voxel_ml)
+        return maps
 
     def _case(self, volume: Path | str | Sequence[Path | str]) -> VolumeCase:
         if not isinstance(volume, Path | str):

@@ -220,7 +220,7 @@ def test_headers_that_contradict_themselves_and_odd_voxels_are_noted(tmp_path):
     assert np.isnan(array[0, 0, 0, 0])
     assert len(notes) == 2
     assert "sform and qform lie up to 2 mm apart" in notes[0]
-    assert notes[1] == f"{path}: 3 voxels are NaN or infinite"
+    assert notes[1] == f"{path}: 3 voxels are NaN or infinite; the mean of the others stands for them"
 
 
 def test_threads_do_not_take_each_others_notes(tmp_path):

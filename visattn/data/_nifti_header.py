@@ -178,7 +178,7 @@ def _axes(path: Path, stored: tuple[int, ...], channel_axis: int | None) -> tupl
     while len(rest) > 3 and 1 in rest[3:]:
         rest = rest[:3] + tuple(size for size in rest[3:] if size > 1)
     if len(rest) > 3:
-        raise UserError(f"{path}: {shown} has more axes than three and channels")
+        raise UserError(f"{path}: {shown} has more axes than three and channels; extract one volume")
     i, j, k = (*rest, 1, 1)[:3]
     return (i, j, k), stored[axis]
 

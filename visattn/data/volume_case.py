@@ -116,8 +116,8 @@ def read_case(
     for c in range(len(array)):
         odd = sum(int((~np.isfinite(plane)).sum()) for plane in _parts(array[c]))
         if odd:
-            path = case.images[c] if case.channel_axis is None else case.images[0]
-            notes.append(f"{path}: {odd} voxels are NaN or infinite")
+            path = _path_of_channel(case, c)
+            notes.append(f"{path}: {odd} voxels are NaN or infinite; the mean of the others stands for them")
     return array, geometry, notes
 
 
@@ -169,6 +169,28 @@ def _parts(channel: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
     for low in range(0, channel.shape[2], step):
         yield channel[:, :, low : low + step]
         release(channel)
+
+
+def _path_of_channel(case: VolumeCase, channel: int) -> Path:
+    return case.images[channel] if case.channel_axis is None else case.images[0]
+
+
+def check_contrast(case: VolumeCase, array: NDArray[np.float32]) -> list[str]:
+    """Notes on the channels of a case (C, I, J, K) that have one value alone, of which a network can tell nothing.
+
+    Raises:
+        UserError: A channel holds no number.
+    """
+    notes = []
+    for c, channel in enumerate(array):
+        first = channel[0, 0, 0]
+        if np.isfinite(first):
+            if all(bool((part == first).all()) for part in _parts(channel)):
+                notes.append(f"{_path_of_channel(case, c)}: all of its voxels have the value {first:g}")
+        elif not any(np.isfinite(part).any() for part in _parts(channel)):
+            path = _path_of_channel(case, c)
+            raise UserError(f"{path}: all of its voxels are NaN or infinite.\nThe values are lost; export it again.")
+    return notes
 
 
 def _read_channels(

@@ -4,6 +4,7 @@ from visattn.data.cases import PHANTOM
 from visattn.data.volume_case import (
     Problem,
     VolumeCase,
+    check_contrast,
     image_geometry,
     read_case,
     read_case_label,
@@ -18,6 +19,7 @@ __all__ = [
     "Problem",
     "VolumeCase",
     "VolumeScan",
+    "check_contrast",
     "find_training_cases",
     "find_volume_cases",
     "image_geometry",
