@@ -1,5 +1,6 @@
 """NIfTI in and out: geometry kept bit for bit, values right, and everything unfit refused by name."""
 
+import gzip
 import importlib.util
 import itertools
 import os
@@ -280,6 +281,25 @@ def test_memory_is_not_taken_for_what_a_header_claims(tmp_path):
     (tmp_path / "c.nii").write_bytes(bad.PLAIN)
     with pytest.raises(UserError, match=r"more than the limit of 0\.0 GiB"):
         nifti.read(tmp_path / "c.nii", budget=800)
+
+
+def test_gzip_of_several_members_with_padding(tmp_path):
+    """Written by pigz or by appending; members end anywhere, also within the header or a voxel."""
+    rng = np.random.default_rng(0)
+    data = rng.integers(-1000, 1000, (61, 67, 71)).astype(np.int16)  # several pieces of the reader
+    nibabel.save(nibabel.Nifti1Image(data, np.eye(4)), tmp_path / "a.nii")
+    content = (tmp_path / "a.nii").read_bytes()
+    cuts = [0, 100, 353, 1001, 300_000, len(content)]
+    members = [gzip.compress(content[a:b], 1) for a, b in itertools.pairwise(cuts)]
+    (tmp_path / "b.nii.gz").write_bytes(b"\0\0\0".join(members) + bytes(512))
+    assert np.array_equal(nifti.read(tmp_path / "b.nii.gz")[0], data)
+    members[2] = members[2][:-6] + bytes([members[2][-6] ^ 1]) + members[2][-5:]
+    (tmp_path / "c.nii.gz").write_bytes(b"".join(members))
+    with pytest.raises(UserError, match="wrong checksum"):
+        nifti.read(tmp_path / "c.nii.gz")
+    (tmp_path / "d.nii.gz").write_bytes(b"".join(members[:2]))
+    with pytest.raises(UserError, match="truncated"):
+        nifti.read(tmp_path / "d.nii.gz")
 
 
 def test_streamed_slabs_make_the_same_file(tmp_path):

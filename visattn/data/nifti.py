@@ -15,7 +15,6 @@ Legend: I, J, K the voxel axes in the order of the file; C channels.
 """
 
 import gzip
-import io
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from typing import IO, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from visattn.data._inflate import Inflated, Source
 from visattn.data._nifti_header import (
     LENGTHS,
     Header,
@@ -59,7 +59,8 @@ BUDGET = 16 * 2**30
 
 _EXPANSION = 1040  # deflate cannot do better than 1032:1
 _SURPLUS = 2**20  # bytes behind the voxels that are padding; more is something else
-_PART = 2**22  # voxels that are scaled together
+_PIECE = 2**18  # bytes of voxels that are converted together; they stay in a core's cache
+_RELEASED = 16  # pieces after which memory is given back
 _INTEGER = 1e-3  # how far a label may be from a whole number: 0.99999997 is 1
 _MAX_LABEL = 65535
 
@@ -106,24 +107,14 @@ def read(
     Raises:
         UserError: As `read_header`, and if the voxels are truncated or damaged.
     """
-    scratch = scratch or Scratch()
-    flat, header = _read_flat(Path(path), channel_axis, budget, scratch)
-    if header.scaled or flat.dtype != np.float32:
-        stored, flat = flat, scratch.zeros(flat.shape, np.float32)
-        for low in range(0, len(stored), _PART):
-            flat[low : low + _PART] = _scaled(stored[low : low + _PART], header)
-            release(stored)
-            release(flat)
+    flat, header = _read_flat(Path(path), channel_axis, budget, scratch or Scratch(), values=True)
     return _shaped(flat, header, channel_axis), header.geometry
 
 
 def _scaled(stored: NDArray[Any], header: Header) -> NDArray[np.float32]:
-    values = stored.astype(np.float32, copy=False)
-    if not header.scaled:
-        return values
     if stored.dtype.itemsize > 2 and stored.dtype.kind in "iu":  # float32 would move large integers before
         return (stored * header.slope + header.inter).astype(np.float32)
-    return values * np.float32(header.slope) + np.float32(header.inter)
+    return stored.astype(np.float32) * np.float32(header.slope) + np.float32(header.inter)
 
 
 def read_labels(path: Path | str, budget: int = BUDGET) -> tuple[NDArray[np.unsignedinteger[Any]], Geometry]:
@@ -246,7 +237,7 @@ class StreamWriter:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
+def _opened(path: Path) -> Iterator[Source]:
     """The decompressed bytes; what the file system or the decompressor says becomes a `UserError` naming the file."""
     try:
         if path.is_dir():
@@ -257,8 +248,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             if not start:
                 raise UserError(f"{path}: the file is empty (0 bytes)")
             if start == b"\x1f\x8b":
-                with gzip.GzipFile(fileobj=file) as stream:
-                    yield io.BufferedReader(stream, 2**17)
+                yield Inflated(file)
             else:
                 yield file
     except FileNotFoundError:
@@ -267,11 +257,10 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"{path}: cannot be read (permission denied)") from None
     except EOFError:
         raise UserError(f"{path}: the compressed file is truncated; copy it again") from None
-    except gzip.BadGzipFile as error:
-        what = "wrong checksum" if "CRC" in str(error) or "length" in str(error) else str(error)
-        raise UserError(f"{path}: the compressed file is damaged ({what}); copy it again") from None
     except zlib.error as error:
-        raise UserError(f"{path}: the compressed file is damaged ({str(error)[:80]}); copy it again") from None
+        text = str(error)
+        what = "wrong checksum" if "data check" in text or "length check" in text else text[:80]
+        raise UserError(f"{path}: the compressed file is damaged ({what}); copy it again") from None
 
 
 def _explain(path: Path, start: bytes) -> UserError:
@@ -292,7 +281,7 @@ def _explain(path: Path, start: bytes) -> UserError:
     return UserError(f"{path}: not a NIfTI file{f', but {kind}' if kind else ''}")
 
 
-def _header(path: Path, stream: IO[bytes], channel_axis: int | None, budget: int) -> Header:
+def _header(path: Path, stream: Source, channel_axis: int | None, budget: int) -> Header:
     start = stream.read(LENGTHS[1])
     version = version_of(start)
     if version is None:
@@ -309,7 +298,7 @@ def _compressed(path: Path) -> bool:
 
 def _read(path: Path, channel_axis: int | None, budget: int) -> tuple[NDArray[Any], Header]:
     """The stored numbers, unscaled, (I, J, K) or (C, I, J, K)."""
-    flat, header = _read_flat(path, channel_axis, budget, Scratch())
+    flat, header = _read_flat(path, channel_axis, budget, Scratch(), values=False)
     return _shaped(flat, header, channel_axis), header
 
 
@@ -321,21 +310,28 @@ def _shaped(flat: NDArray[Any], header: Header, channel_axis: int | None) -> NDA
     return array.reshape(header.geometry.shape, order="F")
 
 
-def _read_flat(path: Path, channel_axis: int | None, budget: int, scratch: Scratch) -> tuple[NDArray[Any], Header]:
-    """The stored numbers, unscaled, in the order of the file."""
+def _read_flat(
+    path: Path, channel_axis: int | None, budget: int, scratch: Scratch, values: bool
+) -> tuple[NDArray[Any], Header]:
+    """The values, or the stored numbers unscaled, in the order of the file."""
     with _opened(path) as stream:
         header = _header(path, stream, channel_axis, budget)
         _skip(path, stream, header.offset - len(header.geometry.header or b""))
-        count = int(np.prod(header.stored))
-        flat = scratch.zeros([count], header.dtype)
-        view = flat.view(np.uint8).data
-        done = 0
-        while done < len(view):
-            got = stream.readinto(view[done : done + 2**26])  # type: ignore[attr-defined]
-            if not got:
-                raise UserError(f"{path}: truncated: {done} of {len(view)} bytes of voxels are there; copy it again")
-            done += got
-            release(flat)
+        count, width = int(np.prod(header.stored)), header.dtype.itemsize
+        flat = scratch.zeros([count], np.float32 if values else header.dtype)
+        step = _PIECE // width
+        for low in range(0, count, step):
+            part = flat[low : low + step]
+            piece = stream.read(len(part) * width)
+            if len(piece) < len(part) * width:
+                raise UserError(
+                    f"{path}: truncated: {low * width + len(piece)} of {count * width} bytes of voxels are there; "
+                    "copy it again"
+                )
+            stored = np.frombuffer(piece, header.dtype)
+            part[:] = _scaled(stored, header) if values and header.scaled else stored
+            if low // step % _RELEASED == 0:
+                release(flat)
         surplus = 0
         while piece := stream.read(2**16):  # to the end, where gzip keeps its checksum
             surplus += len(piece)
@@ -346,7 +342,7 @@ def _read_flat(path: Path, channel_axis: int | None, budget: int, scratch: Scrat
     return flat, header
 
 
-def _skip(path: Path, stream: IO[bytes], count: int) -> None:
+def _skip(path: Path, stream: Source, count: int) -> None:
     while count:
         piece = stream.read(min(count, 2**16))
         if not piece:
