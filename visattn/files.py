@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and the files below a folder."""
 
 import errno
+import json
 import os
 import secrets
 import stat
@@ -94,3 +95,17 @@ def walk_files(folder: Path, skipped: Path | None = None) -> Iterator[tuple[Path
         real = {name: os.path.realpath(os.path.join(root, name)) for name in inner}
         folders[:] = [name for name in inner if real[name] not in visited and real[name] != left_out]
         yield Path(root), [Path(root, name) for name in sorted(files) if not name.startswith(".")]
+
+
+def predicted_files(folder: Path) -> set[str]:
+    """The files that `visattn predict` wrote into a folder and those below, by its manifest there; real paths.
+
+    An earlier output that lies within an input must not be taken for images. A manifest that cannot be read, or is that
+    of another tool, says nothing.
+    """
+    try:
+        cases = json.loads(read_small(folder / "manifest.json"))["cases"]
+        names = {str(name) for case in cases for name in (case["mask"], *case["files"])}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return set()
+    return {os.path.realpath(folder / name) for name in names if "\0" not in name}

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from visattn.data.images import SUFFIXES, image_size
 from visattn.errors import UserError, nearest
 from visattn.errors import shown as shown  # other commands take it from here
-from visattn.files import walk_files
+from visattn.files import predicted_files, walk_files
 from visattn.labels import Labels
 from visattn.overlay import safe_name
 
@@ -27,6 +27,11 @@ _LONGEST_NAME = 255  # bytes; every file system in use allows as many
 
 class Planned(Protocol):
     """One case: what it is read from, and what is written for it, relative to the output folder."""
+
+    @property
+    def name(self) -> str:
+        """What the case is called."""
+        ...
 
     @property
     def image(self) -> Path:
@@ -113,8 +118,12 @@ def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePo
 
 
 def _walk(folder: Path, skipped: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    for _, files in walk_files(folder, skipped):
+    predicted: set[str] = set()
+    for inner, files in walk_files(folder, skipped):
+        predicted |= predicted_files(inner)
         for path in files:
+            if predicted and os.path.realpath(path) in predicted:  # an earlier output within the input
+                continue
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 yield path, PurePosixPath(path.relative_to(folder).as_posix())
 

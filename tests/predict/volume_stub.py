@@ -36,7 +36,7 @@ def create_model(name, activation=None, **kwargs):
     return Levels(**kwargs)
 
 
-def write_checkpoint(path, labels=None, channels=("t1",), shift=0.0, tilt=0.0, regions=None, **preprocessing):
+def write_checkpoint(path, labels=None, channels=("t1",), shift=0.0, tilt=0.0, regions=None, steps=(), **preprocessing):
     label_map = Labels.from_config(labels or {"background": 0, "lesion": 5}, regions)
     options = {"patch": (8, 8, 8), "orientation": "RAS"} | preprocessing
     prepared = VolumePreprocessing(tuple(channels), tuple(Normalise("none") for _ in channels), **options)
@@ -49,6 +49,7 @@ def write_checkpoint(path, labels=None, channels=("t1",), shift=0.0, tilt=0.0, r
         preprocessing=prepared.to_config(),
         network={"name": "levels", "in_channels": len(channels), "classes": label_map.channels, "tilt": tilt},
         data={"description": "phantom (embedded, synthetic)", "fingerprint": "00"},
+        steps=steps,
     )
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     torch.save({"state_dict": state, KEY: content}, path)

@@ -5,8 +5,8 @@ folders at any depth. Files belong together by nnU-Net's suffixes, CASE_0000 the
 the second; or as a table says. What is wrong with one case is its problem alone.
 
 In a folder are left out: hidden files; folders of labels beside folders of images, as labelsTr/ beside imagesTr/ or
-derivatives/ beside the subjects of BIDS; and maps that belong to an image beside them, as CASE_mask beside CASE. They
-are taken when they are named outright.
+derivatives/ beside the subjects of BIDS; maps that belong to an image beside them, as CASE_mask beside CASE; and what
+an earlier `visattn predict` wrote. They are taken when they are named outright.
 """
 
 import csv
@@ -22,13 +22,14 @@ from visattn.data.volume_case import Problem, VolumeCase, check_header
 from visattn.data.volume_names import is_dicom, is_volume_name, listed, split_suffix, stem_of
 from visattn.data.volume_pairs import CHANNEL_AXIS, channels_of
 from visattn.errors import UserError, nearest
-from visattn.files import walk_files
+from visattn.files import predicted_files, walk_files
 
 _log = logging.getLogger(__name__)
 
 _LABEL_FOLDERS = dict.fromkeys(("labels", "masks", "label", "mask", "labelstr", "labelsts"), "image")
 _LABEL_FOLDERS["derivatives"] = "sub-"  # and how the folders of images beside them begin
-_MAPS = ("_mask", "_seg", "_dseg", "_label", "_labels", "_prob", "_uncertainty")
+_MAPS = ("_mask", "_seg", "_dseg", "_label", "_labels", "_prob", "_uncertainty", "_variance")
+_BIDS_MAPS = ("_dseg", "_probseg", "_statmap", "_mask")
 _OTHER_FORMATS = (".mha", ".mhd", ".nrrd", ".nhdr", ".mgz", ".mgh", ".hdr", ".img", ".mnc", ".npy")
 
 
@@ -98,8 +99,14 @@ def _entries_of(given: Path, skip: Path | None) -> Iterator[_Entry]:
         raise UserError(f"{given}: no such file or folder.{hint}")
     if skip is not None and given.resolve() == skip.resolve():
         raise UserError(f"--output {skip}: is an input folder too.\nName another folder for the masks.")
-    empty, formats = True, Counter[str]()
+    empty, formats, predicted = True, Counter[str](), set[str]()
     for folder, files in walk_files(given, skip):
+        predicted |= predicted_files(folder)
+        written = [path for path in files if is_volume_name(path) and os.path.realpath(path) in predicted]
+        if written:
+            text = "%s: left out %s, written by an earlier visattn predict"
+            _log.warning(text, folder, listed(path.name for path in written))
+            files = [path for path in files if path not in written]
         formats.update(suffix for path in files if (suffix := path.suffix.lower()) in _OTHER_FORMATS)
         if folder != given and _holds_labels(folder, given):
             _log.warning("%s: left out, as it lies beside folders of images and is named as one of labels", folder)
@@ -150,7 +157,8 @@ def _is_map(stem: str, stems: set[str]) -> bool:
         base = stem.removesuffix(ending)
         if stem.endswith(ending) and any(other == base or other.startswith(f"{base}_") for other in stems - {stem}):
             return True
-    return False
+    base, derived, _ = stem.partition("_desc-")  # a BIDS derivative beside what it was derived from
+    return bool(derived) and stem.endswith(_BIDS_MAPS) and any(other.startswith(f"{base}_") for other in stems - {stem})
 
 
 def _grouped(entries: Sequence[_Entry], channels: Sequence[str]) -> tuple[list[VolumeCase], list[Problem]]:
