@@ -3,7 +3,8 @@
 An entry is a folder of arrays (.npy). Its name is a hash of the bytes of the case's files and of everything that
 decides its content: label map, preprocessing, the version of this format. So a changed file or setting makes a new
 entry, never a wrong one, and folds and runs share what is equal. Entries appear whole or not at all, also where several
-processes make the same one. The folder may be deleted whenever no training runs.
+processes make the same one. Those that no training takes up for long are deleted (`visattn.data.stale`). The folder may
+be deleted whenever no training runs.
 
 Legend: C channels, I x J x K the file's voxels, D x H x W the network's.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data.geometry import Geometry
+from visattn.data.stale import KINDS, drop_stale, touch
 from visattn.data.volume_preprocessing import Plan, VolumePreprocessing
 from visattn.data.volumes import VolumeCase, read_case, read_case_label
 from visattn.errors import UserError
@@ -97,9 +99,10 @@ class VolumeCache:
             UserError: A file cannot be read, or image and label do not fit each other.
         """
         digest = _digest(case)
-        path = self._place("facts", digest) / "facts.json"
+        path = self._place("facts", digest) / KINDS["facts"]
         known = _read_json(path)
         if known is not None:
+            touch(path)
             return Facts(digest, tuple(known["classes"]), _geometry(known["geometry"]), tuple(known["notes"]))
         array, geometry, notes = read_case(case)
         truth = read_case_label(case, self.labels, geometry)
@@ -128,11 +131,16 @@ class VolumeCache:
             arrays = {"image": image.numpy(), "target": target, "truth": truth, "points": points}
             described = {"plan": _plan_config(plan), "counts": {str(c): n for c, n in counts.items()}}
             described["shapes"] = {name: list(array.shape) for name, array in arrays.items()}
-            self._keep(folder, arrays, described, "entry.json")
+            self._keep(folder, arrays, described, KINDS["volume"])
             entry = _read_entry(folder)
             if entry is None:
                 raise UserError(f"data.cache_dir: {folder} cannot be read back; is its disk damaged?")
+        touch(folder / KINDS["volume"])
         return entry
+
+    def tidy(self) -> tuple[int, int]:
+        """Delete entries that have not been taken up for long; how many, and how many bytes."""
+        return drop_stale(self.folder)
 
     def _place(self, kind: str, digest: str, settings: Any = None) -> Path:
         text = json.dumps([FORMAT, kind, digest, self.labels.to_config(), settings], sort_keys=True)
@@ -215,7 +223,7 @@ def _geometry(config: dict[str, Any]) -> Geometry:
 
 def _read_entry(folder: Path) -> Entry | None:
     """The entry in `folder`; None where there is none, or where a crash of the machine left less than was written."""
-    described = _read_json(folder / "entry.json")
+    described = _read_json(folder / KINDS["volume"])
     if described is None:
         return None
     plan = {key: tuple(value) for key, value in described["plan"].items()}

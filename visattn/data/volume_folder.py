@@ -307,6 +307,10 @@ class VolumeFolder(LightningDataModule):
         self._sets["train"] = PatchSet(self.cases["train"], entries, window, self.cut, self.oversample, self.seed)
         for part in ("val", *(["test"] if self.cases["test"] and not self.test_roots else [])):
             self._sets[part] = self._volumes(part, known)
+        if rank()[0] == 0:  # now that all that this training needs has been taken up
+            count, size = self.cache.tidy()
+            if count:
+                _log.info("data: deleted %d cached volumes unused for long, %.1f GB", count, size / 1e9)
 
     def _setup_test(self) -> None:
         if self._adopted is None:
