@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from timm.models import checkpoint_seq
 from torch import Tensor, nn
+
+from visattn.blocks import Mlp as Mlp
+from visattn.blocks import ToChannelsFirst as ToChannelsFirst
+from visattn.blocks import ToChannelsLast as ToChannelsLast
+from visattn.blocks import drop_path as drop_path
+from visattn.blocks import drop_path_rates as drop_path_rates
+from visattn.blocks import init_linear as init_linear
 
 Indices = int | Sequence[int] | None
 
@@ -280,62 +286,3 @@ def taken_indices(number: int, indices: Indices) -> list[int]:
     if not absolute or any(not 0 <= index < number for index in absolute):
         raise ValueError(f"out_indices must name some of the {number} maps (0 to {number - 1}), got {indices!r}")
     return absolute
-
-
-def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """The rate of each block of each stage, growing linearly from 0 to `rate` over all blocks."""
-    each = torch.linspace(0, rate, sum(depths), dtype=torch.float64).tolist()
-    return [each[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
-
-
-def drop_path(rate: float) -> nn.Module:
-    """Stochastic depth: in training, a sample's branch is left out with probability `rate`."""
-    return DropPath(rate) if rate else nn.Identity()
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an activation between, on the last axis.
-
-    Args:
-        dim: Channels in and out.
-        hidden: Channels between.
-        act: Activation layer's class.
-        drop: Dropout after each layer.
-    """
-
-    def __init__(self, dim: int, hidden: int, act: type[nn.Module] = nn.GELU, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = act()
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, *S, dim) to the same shape."""
-        x = self.drop(self.act(self.fc1(x)))
-        x = self.drop(self.fc2(x))
-        return x
-
-
-class ToChannelsLast(nn.Module):
-    """(B, C, *S) to (B, *S, C)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A view of `x`."""
-        return x.movedim(1, -1)
-
-
-class ToChannelsFirst(nn.Module):
-    """(B, *S, C) to (B, C, *S)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A view of `x`."""
-        return x.movedim(-1, 1)
-
-
-def init_linear(module: nn.Module) -> None:
-    """The usual initialisation of transformers: linear weights from a normal of 0.02, cut at 2, and biases 0."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
