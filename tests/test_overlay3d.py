@@ -141,3 +141,24 @@ def test_draw_planes_outlines_truth_and_prediction():
     assert cyan > 200
     assert picture.ndim == 3
     assert not np.array_equal(picture, alone)
+
+
+@pytest.mark.parametrize("value", [-6.25, 0.0])
+def test_a_constant_margin_is_left_out_of_a_montage_but_no_lesion_is(value):
+    shape = (160, 120, 100)
+    image = np.full(shape, value, np.float32)
+    image[50:90, 40:80, 30:60] = np.random.default_rng(0).random((40, 40, 30))
+    geometry = Geometry(shape, np.diag([-1, 1, 1.5, 1]))
+    whole, small = np.zeros(shape, np.uint8), np.zeros(shape, np.uint8)
+    small[60:70, 50:60, 40:50] = 1
+    whole[2:6, 50:70, 40:50] = 1  # in the margin
+    ground, _, shown = montage(image, geometry, None, small)
+    inner = (slice(42, 98), slice(34, 86), slice(25, 65))  # a twentieth of each side beyond the head
+    views = planes(image[inner], Geometry((56, 52, 40), geometry.affine), None, small[inner])
+    assert shown.sum() == sum(int(view.prediction.sum()) for view in views)
+    _, _, shown = montage(image, geometry, None, whole)
+    assert (shown > 0).any()
+    ignored = np.full(shape, IGNORE, np.uint8)
+    assert montage(image, geometry, ignored, small)[0].shape == ground.shape
+    constant = montage(np.full(shape, value, np.float32), geometry, None, np.zeros(shape, np.uint8))[0]
+    assert constant.shape[1] > 3 * 160

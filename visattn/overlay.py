@@ -148,7 +148,8 @@ def _legend(
     width: int, items: Sequence[tuple[Colour, bool, str]], note: str, thickness: int, across: int = 1
 ) -> NDArray[np.uint8]:
     """A strip of `width` with a line sample and a name for each item, in as many rows as they need."""
-    size = int(min(max(width / 34 / across, 12), 44))
+    # One of several pictures side by side is seen smaller than one alone.
+    size = int(min(max(width / (34 if across == 1 else 25 * across), 12), 44))
     face = font(size)
     pad, sample = size // 2, 3 * size
     row = size + pad

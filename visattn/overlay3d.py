@@ -106,7 +106,9 @@ def montage(
     truth: NDArray[np.uint8] | None = None,
     prediction: NDArray[np.uint8] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
-    """The three planes side by side on dark paper, with their names, directions and a scale bar.
+    """The three planes side by side on dark paper, with their directions and a scale bar.
+
+    A constant margin, as around a skull-stripped brain, is left out.
 
     Args:
         image: As `planes`.
@@ -118,6 +120,10 @@ def montage(
         RGB (H, W, 3), and the class indices of truth and prediction (H, W), background between the planes. Nothing is
         written on a plane itself.
     """
+    if image is not None:
+        box, geometry = _within_margin(image, geometry, [mask for mask in (truth, prediction) if mask is not None])
+        image = image[box]
+        truth, prediction = (None if mask is None else mask[box] for mask in (truth, prediction))
     views = planes(image, geometry, truth, prediction)
     size = max(13, round(max(max(view.image.shape[:2]) for view in views) / 22))
     edge = round(1.6 * size)
@@ -234,8 +240,35 @@ def _linear(plane: NDArray[Any], spacing: tuple[float, float], mm: float) -> NDA
     return plane
 
 
+def _within_margin(
+    image: NDArray[np.floating[Any]], geometry: Geometry, masks: list[NDArray[np.uint8]]
+) -> tuple[tuple[slice, slice, slice], Geometry]:
+    """The box around all that differs from the first corner's value or is marked, a twentieth wider, and its grid."""
+    step = _sparing(image)
+    sparse = (slice(None, None, step),) * 3
+    kept = image[sparse] != image[0, 0, 0]
+    for mask in masks:
+        kept |= (mask[sparse] > 0) & (mask[sparse] != IGNORE)
+    start, stop = np.zeros(3, np.int64), np.array(geometry.shape)
+    if kept.any():
+        for axis, size in enumerate(geometry.shape):
+            line = np.flatnonzero(kept.any(axis=tuple(other for other in range(3) if other != axis))) * step
+            edge = max(step, size // 20)
+            start[axis], stop[axis] = max(0, line[0] - edge), min(size, line[-1] + edge + 1)
+    i, j, k = (slice(int(low), int(high)) for low, high in zip(start, stop, strict=True))
+    affine = geometry.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ start
+    di, dj, dk = (int(size) for size in stop - start)
+    return (i, j, k), Geometry((di, dj, dk), affine)
+
+
+def _sparing(image: NDArray[Any]) -> int:
+    """Two million voxels tell the percentiles and the extent of any volume: every how many along each axis."""
+    return max(1, round(float((image.size / 2e6) ** (1 / 3))))
+
+
 def _window(image: NDArray[np.floating[Any]]) -> tuple[float, float]:
-    step = max(1, round((image.size / 2e6) ** (1 / 3)))  # two million voxels tell the percentiles of any volume
+    step = _sparing(image)
     sample = image[::step, ::step, ::step]
     sample = sample[np.isfinite(sample)]
     if not sample.size:

@@ -269,6 +269,7 @@ class _Run:
             size=list(decoded.size),
             seconds=round(seconds + time.monotonic() - started, 3),
             rows=rows,
+            case=case.name,
         )
 
     def _collect(self, limit: int) -> None:

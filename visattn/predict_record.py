@@ -45,7 +45,7 @@ class Entry:
         error: Why it failed.
         notes: What a user should know of the input.
         peak_mb: The process's largest memory until the case was done; 0 where it was not measured.
-        case: The case's name, where it is not that of the mask.
+        case: The case's name.
     """
 
     image: str
@@ -213,7 +213,9 @@ class Record:
         for case in cases:
             old = self.entries.get(case.mask)
             files = dict(old.files) if old else {}  # so that what becomes obsolete can be removed
-            self.entries[case.mask] = Entry(str(case.image), case.mask, "planned", self.settings_id, files=files)
+            self.entries[case.mask] = Entry(
+                str(case.image), case.mask, "planned", self.settings_id, files=files, case=case.name
+            )
         self._remove_leftovers({(self.output / file).parent for case in cases for file in case.files} | {self.output})
         self.save()
 
@@ -229,7 +231,9 @@ class Record:
         for file in case.files:
             with suppress(OSError):  # it cannot be there, if what failed was making its folder
                 (self.output / file).unlink()
-        self.entries[case.mask] = Entry(str(case.image), case.mask, "failed", self.settings_id, error=error)
+        self.entries[case.mask] = Entry(
+            str(case.image), case.mask, "failed", self.settings_id, error=error, case=case.name
+        )
         self.save_sometimes()
 
     def _remove_obsolete(self, case: Planned, keep: set[str]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REPORT = "report.html"
 
 _PICTURES = 300  # cases that have a picture in the page; more would be tens of megabytes
-_WIDTH = 640  # pixels
+_WIDTH = 800  # pixels
 
 
 def write_report(output: Path, record: Record, predictor: "VolumePredictor") -> Path | None:

@@ -173,10 +173,8 @@ def test_folds_predict_together_and_bad_cases_fail_alone(tmp_path, capfd):
     assert "about" in told.splitlines()[0]
     assert "1 predicted" in told
     assert "2 failed" in told
-    states = {
-        entry["case"] or entry["mask"]: entry for entry in json.loads((out / "manifest.json").read_text())["cases"]
-    }
-    assert states["b_mask.nii.gz"]["error"].count("truncated") == 1
+    states = {entry["case"]: entry for entry in json.loads((out / "manifest.json").read_text())["cases"]}
+    assert states["b"]["error"].count("truncated") == 1
     page = (out / "report.html").read_text()
     assert "truncated" in page
     # again: nothing is done twice
