@@ -10,9 +10,10 @@ from visattn.data import volume_cache
 from visattn.data.geometry import Geometry
 from visattn.data.intensity import Normalise
 from visattn.data.patches import PatchKey, PatchSampler
+from visattn.data.spacing import median_spacing
 from visattn.data.volume_folder import VolumeFolder
 from visattn.data.volume_preprocessing import VolumePreprocessing
-from visattn.data.volume_statistics import foreground_statistics, median_spacing, turned_spacing
+from visattn.data.volume_statistics import foreground_statistics, turned_spacing
 from visattn.data.volumes import find_training_cases
 from visattn.errors import UserError
 from visattn.labels import Labels

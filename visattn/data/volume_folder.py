@@ -20,10 +20,11 @@ from visattn.data.intensity import Normalise
 from visattn.data.loading import free_cores, make_loader, progress, rank
 from visattn.data.patches import PatchBatch, PatchSampler, PatchSet, VolumeSet, augment, collate_volumes
 from visattn.data.sampler import ShardSampler
+from visattn.data.spacing import median_spacing
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.data.volume_cache import Entry, Facts, VolumeCache
 from visattn.data.volume_preprocessing import VolumePreprocessing
-from visattn.data.volume_statistics import foreground_statistics, median_spacing, turned_spacing
+from visattn.data.volume_statistics import foreground_statistics, turned_spacing
 from visattn.data.volumes import PHANTOM, VolumeCase, read_case, read_case_label, scan_volumes
 from visattn.errors import UserError
 from visattn.labels import Labels

@@ -15,9 +15,6 @@ from visattn.data.volumes import VolumeCase, read_case, read_case_label
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 
-ANISOTROPIC = 3.0
-"""From this ratio of the coarsest axis to the next on, its spacing is not the median's."""
-
 _SAMPLE = 10_000  # voxels of a case that intensities are taken from, as in nnU-Net
 
 
@@ -25,22 +22,6 @@ def turned_spacing(geometry: Geometry, orientation: str | None) -> tuple[float, 
     """Voxel size in mm along the axes of the network's grid."""
     plain = VolumePreprocessing(("any",), (Normalise("none"),), orientation)
     return plain.plan(np.broadcast_to(np.float32(0), (1, *geometry.shape)), geometry).spacing
-
-
-def median_spacing(spacings: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """The median along each axis; along one more than 3 times as coarse as the others, the 10th percentile.
-
-    Few cases have slices as thin as the 10th percentile; but at the median of thick slices half of them would lose
-    what they have.
-    """
-    values = np.asarray(spacings, np.float64)
-    target = np.median(values, axis=0)
-    worst = int(target.argmax())
-    others = np.delete(target, worst)
-    if target[worst] > ANISOTROPIC * others.max():
-        target[worst] = max(float(np.percentile(values[:, worst], 10)), float(others.max()))
-    x, y, z = (round(float(mm), 6) for mm in target)
-    return x, y, z
 
 
 def foreground_statistics(

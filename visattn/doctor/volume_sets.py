@@ -92,7 +92,7 @@ def examine_volumes(folder: Path | str) -> Report:
     try:
         scan = scan_volumes(str(root.absolute()))[0]
     except UserError as error:
-        patterns = _guess_patterns(root)
+        patterns = guess_patterns(root)
         if patterns is None or "no known layout" not in str(error):
             raise
         scan = scan_volumes(str(root.absolute()), patterns)[0]
@@ -217,7 +217,7 @@ def _known(scan: VolumeScan, seen: Sequence[SeenVolume], name: str) -> Labels | 
     return Labels.from_config(guess.labels, ignore=guess.ignore)
 
 
-def _guess_patterns(root: Path) -> dict[str, str] | None:
+def guess_patterns(root: Path) -> dict[str, str] | None:
     """Patterns for a folder of case folders that hold files of equal names, or names that end alike."""
     homes = {
         path: [f for f in sorted(path.iterdir()) if _is_nifti(f)] for path in sorted(root.iterdir()) if path.is_dir()
