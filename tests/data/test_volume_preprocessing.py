@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from visattn.data.geometry import Geometry
 from visattn.data.intensity import Normalise, body_mask, otsu
+from visattn.data.network_grid import to_network
 from visattn.data.resample import linear_matrix, resample, resample_labels
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.errors import UserError
@@ -65,6 +66,35 @@ def test_axes_are_not_mixed_up():
     expected = F.interpolate(volume[None], (7, 9, 8), mode="trilinear", align_corners=False)[0]
     torch.testing.assert_close(resample(volume, (7, 9, 8)), expected, rtol=1e-4, atol=1e-5)
     assert resample(volume, (4, 5, 6)) is volume
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ((300, 41, 37), (290, 37, 41)),  # several blocks and products along each axis, growing and shrinking
+        ((37, 300, 41), (9, 290, 45)),
+        ((41, 37, 300), (70, 37, 33)),  # one axis is copied
+        ((29, 310, 13), (29, 310, 13)),
+        ((1, 5, 70), (3, 1, 70)),
+    ],
+)
+def test_blocks_join_to_the_resampled_volume(order, old, new):
+    """Whichever axis runs along the file's memory, also against the wanted direction, and with NaN in it."""
+    rng = np.random.default_rng(0)
+    source = rng.standard_normal([old[axis] for axis in np.argsort(order)]).astype(np.float32).transpose(order)
+    for view in (source, source[::-1, :, ::-1], source[:, ::-1]):
+        out = np.full(new, np.nan, np.float32)
+        to_network(view, out)
+        np.testing.assert_allclose(out, resample(torch.from_numpy(view.copy()), new), atol=1e-5)
+        if old == new:
+            assert np.array_equal(out, view)
+    holed = source.copy()
+    holed[-1, -1, -1], holed[0, 1, 2] = np.nan, -np.inf
+    to_network(holed, out)
+    finite = np.isfinite(holed)
+    holed[~finite] = holed[finite].mean(dtype=np.float64)
+    np.testing.assert_allclose(out, resample(torch.from_numpy(holed), new), atol=1e-5)
 
 
 def test_labels_are_resampled_by_share():
@@ -198,6 +228,18 @@ def test_zscore_uses_all_finite_voxels():
     assert result[0, 0, 1] == 0
     assert torch.isfinite(result).all()
     assert abs(float(result.flatten()[2:].mean())) < 1e-5
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0, 1), (-1e4, 1), (1e25, 1e24), (0, 3e30), (1e-9, 1e-12)])
+def test_moments_are_those_of_float64(mean, spread):
+    """Joined from parts whose own means differ; also where squares leave the range of float32."""
+    values = np.random.default_rng(0).standard_normal((45, 67, 71)) * spread + mean
+    values[: 45 // 2] += 3 * spread
+    values = values.astype(np.float32)
+    exact = values.astype(np.float64)
+    scale = Normalise("zscore").fit(torch.from_numpy(values))
+    assert scale.shift == pytest.approx(exact.mean(), rel=1e-6, abs=1e-6 * spread)
+    assert scale.unit == pytest.approx(exact.std(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["zscore", "zscore_masked", "percentile", "none"])

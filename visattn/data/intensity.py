@@ -7,6 +7,7 @@ What is not finite takes part in no statistic and becomes 0, the mean. Statistic
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import repeat
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -16,13 +17,15 @@ from scipy import ndimage
 from torch import Tensor
 
 from visattn.errors import UserError, unknown
+from visattn.scratch import release
 
 Method = Literal["zscore", "zscore_masked", "percentile", "ct", "none"]
 METHODS: tuple[str, ...] = get_args(Method)
 
 _BINS = 256  # of Otsu's histogram
-_PART = 2**22  # values that are looked at together
-_MOST_MASKED = 2**27  # voxels that a body is searched in
+_CACHED = 2**16  # values that are looked at together; they fit a core's cache
+_PART = 2**22  # values after which the memory of those in a file is given back
+_MOST_MASKED = 2**24  # voxels that a body is searched in
 _MOST = 2_000_000  # voxels that a percentile is taken of; more change it by less than a thousandth
 
 
@@ -83,7 +86,9 @@ class Normalise:
 
     def __call__(self, values: Tensor) -> Tensor:
         """Normalise one channel (D, H, W), float32; the input is left alone."""
-        return self.fit(values)(values)
+        result = values.clone(memory_format=torch.contiguous_format)
+        self.fit(values).apply(result)
+        return result
 
     def fit(self, values: Tensor) -> "Scale":
         """What is to be done with one channel (D, H, W), float32, found a part at a time."""
@@ -94,18 +99,14 @@ class Normalise:
                 raise ValueError("the statistics of 'ct' are not known yet")
             return Scale(self.mean, self.std, self.low, self.high)
         if self.name == "percentile":
-            finite = torch.isfinite(values)
-            low, high = percentiles(values if finite.all() else values[finite], self.percentiles)
+            low, high = percentiles(values, self.percentiles)
             return Scale(low, high - low if high > low else math.inf, low, high)
-        flat, inside = values.reshape(-1), None
         if self.name == "zscore_masked":
-            inside = torch.from_numpy(_coarse_mask(values)).reshape(-1)
-            if not inside.any():
-                inside = None
-            elif len(inside) != len(flat):
-                step = _mask_step(values)
-                flat = values[::step, ::step, ::step].reshape(-1)
-        return Scale(*_moments(flat, inside))
+            coarse = _coarse(values)
+            inside = _finite_body(coarse)
+            if inside.any():
+                return Scale(*_moments(coarse.reshape(-1), inside.reshape(-1)))
+        return Scale(*_moments(values.reshape(-1), None))
 
 
 @dataclass(frozen=True)
@@ -124,62 +125,94 @@ class Scale:
     low: float | None = None
     high: float | None = None
 
-    def __call__(self, values: Tensor) -> Tensor:
-        """The result for any part of the channel."""
-        finite = torch.isfinite(values)
-        result = values.clone() if self.low is None else values.clamp(self.low, self.high)
-        result.sub_(self.shift).div_(self.unit)
-        return result if finite.all() else torch.where(finite, result, 0.0)
+    def apply(self, values: Tensor) -> None:
+        """Change any part of the channel, contiguous, in place."""
+        for part in _parts(values.view(-1)):
+            # One NaN or infinity makes the sum one; so may numbers that are very large.
+            strange = None if math.isfinite(float(part.sum())) else ~torch.isfinite(part)
+            if self.low is not None:
+                part.clamp_(self.low, self.high)
+            if (self.shift, self.unit) != (0.0, 1.0):
+                part.sub_(self.shift).div_(self.unit)
+            if strange is not None:
+                part.masked_fill_(strange, 0.0)
+
+
+def _parts(flat: Tensor) -> Iterator[Tensor]:
+    """A few of the values (N,) at a time."""
+    for low in range(0, len(flat), _CACHED):
+        part = flat[low : low + _CACHED]
+        yield part
+        if (low + _CACHED) % _PART == 0 or low + _CACHED >= len(flat):
+            release(part.numpy())
 
 
 def _moments(flat: Tensor, inside: Tensor | None) -> tuple[float, float]:
-    """Mean and standard deviation of the finite values (N,) `inside`, in float64, a part at a time.
+    """Mean and standard deviation of the finite values (N,) `inside`, joined in float64 from those of small parts.
 
     The deviation is infinite where there is none, so that a constant image becomes 0.
     """
-
-    def parts() -> Iterator[NDArray[np.float64]]:
-        for low in range(0, len(flat), _PART):
-            part = flat[low : low + _PART].numpy()
-            if inside is not None:
-                part = part[inside[low : low + _PART].numpy()]
-            finite = np.isfinite(part)
-            yield (part if finite.all() else part[finite]).astype(np.float64)
-
-    count, total = 0, 0.0
-    for part in parts():
-        count, total = count + len(part), total + float(part.sum())
+    count, mean, squares = 0, 0.0, 0.0
+    chosen = repeat(None) if inside is None else _parts(inside)
+    for part, mask in zip(_parts(flat), chosen, strict=False):
+        number, own, around = _of_part(part if mask is None else part[mask])
+        if number:
+            # The joint sum of squares around the joint mean (Chan, Golub and LeVeque, 1979).
+            apart, total = own - mean, count + number
+            squares += around + apart**2 * count * number / total
+            mean += apart * number / total
+            count = total
     if not count:
         return 0.0, math.inf
-    mean = total / count
-    std = math.sqrt(sum(float(np.square(part - mean).sum()) for part in parts()) / count)
+    std = math.sqrt(squares / count)
     # A constant image has no spread, but rounding gives it some.
     return mean, math.inf if std <= 1e-6 * max(abs(mean), 1e-12) else std
 
 
-def _mask_step(values: Tensor) -> int:
-    """Every how many voxels of each axis are looked at to find the body; 1 up to 512 x 512 x 512 voxels."""
-    return math.ceil(float(np.cbrt(values.numel() / _MOST_MASKED)))
+def _of_part(values: Tensor) -> tuple[int, float, float]:
+    """Number, mean, and sum of squares around it, of the finite values (N,)."""
+    if not len(values):
+        return 0, 0.0, 0.0
+    centre = float(values.mean())
+    centred = values - centre
+    squares = float(torch.dot(centred, centred))
+    if not math.isfinite(squares) and values.dtype != torch.float64:
+        return _of_part(values[torch.isfinite(values)].double())  # which also holds the squares of any float32
+    rest = float(centred.mean())  # what rounding has left
+    return len(values), centre + rest, max(0.0, squares - len(values) * rest**2)
 
 
-def _coarse_mask(values: Tensor) -> NDArray[np.bool_]:
-    step = _mask_step(values)
-    part = values[::step, ::step, ::step]
-    finite = torch.isfinite(part)
+def _coarse(values: Tensor) -> Tensor:
+    """Every voxel of (D, H, W), of large volumes every second, third ... along each axis; a copy."""
+    step = math.ceil(float(np.cbrt(values.numel() / _MOST_MASKED)))
+    result = values.new_empty([-(-n // step) for n in values.shape])
+    for plane, into in zip(values[::step], result, strict=True):
+        into.copy_(plane[::step, ::step])
+        release(plane.numpy())
+    return result
+
+
+def _finite_body(values: Tensor) -> Tensor:
+    """The body's voxels (D, H, W), without those that are not finite, which count as the lowest meanwhile."""
+    finite = torch.isfinite(values)
     if not finite.any():
-        return np.zeros(part.shape, bool)
-    mask = body_mask((part if finite.all() else torch.where(finite, part, part[finite].min())).numpy())
-    inside: NDArray[np.bool_] = mask & finite.numpy()
-    return inside
+        return finite
+    mask = body_mask((values if finite.all() else torch.where(finite, values, values[finite].min())).numpy())
+    return torch.from_numpy(mask) & finite
 
 
 def percentiles(values: Tensor, shares: Sequence[float]) -> tuple[float, float]:
-    """Two percentiles of all values, of an even sample of them where there are very many."""
+    """Two percentiles of all finite values, of an even sample of them where there are very many."""
     flat = values.reshape(-1)
-    if not len(flat):
+    step = max(1, math.ceil(len(flat) / _MOST))
+    taken = [np.zeros(0, np.float32)]
+    for number, part in enumerate(_parts(flat)):
+        some = part[-number * _CACHED % step :: step].numpy()
+        taken.append(some[np.isfinite(some)])
+    sample = np.concatenate(taken)
+    if not len(sample):
         return 0.0, 0.0
-    step = math.ceil(flat.numel() / _MOST)
-    low, high = np.percentile(flat[::step].numpy(), list(shares))
+    low, high = np.percentile(sample, list(shares))
     return float(low), float(high)
 
 

@@ -7,7 +7,7 @@ Legend: C channels, K outputs, I x J x K the file's voxels, D x H x W the networ
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from visattn.data.geometry import Geometry
 from visattn.data.intensity import Normalise
-from visattn.data.native_grid import bands, to_native
+from visattn.data.network_grid import to_network
 from visattn.data.resample import resample, resample_labels
 from visattn.errors import UserError
 from visattn.scratch import Scratch, release
@@ -26,7 +26,6 @@ from visattn.scratch import Scratch, release
 Box = tuple[slice, slice, slice]
 Size3 = tuple[int, int, int]
 
-_BLOCK = 64  # voxels along an axis that are copied together
 _PART = 2**22  # voxels that are looked at together
 _OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
@@ -224,59 +223,15 @@ class VolumePreprocessing:
         plan = self.plan(array, geometry)
         result = scratch.zeros((len(array), *plan.size), np.float32)
         for channel, method, out in zip(array, self.normalise, result, strict=True):
-            same = plan.size == plan.cropped
-            native = out if same else scratch.zeros(plan.cropped, np.float32)
-            _turn_into(channel, plan, native)
-            if not same:
-                _resample_into(native, out)
-            scale = method.fit(torch.from_numpy(out))
-            release(out)
-            for planes in _planes(out.shape):
-                out[planes] = scale(torch.from_numpy(out[planes])).numpy()
-                release(out)
+            to_network(_kept(channel, plan), out)
+            method.fit(torch.from_numpy(out)).apply(torch.from_numpy(out))
         return torch.from_numpy(result), plan
 
 
-def _planes(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first axis, each of some megabytes."""
-    step = max(1, _PART // (shape[1] * shape[2]))
-    for low in range(0, shape[0], step):
-        yield slice(low, low + step)
-
-
-def _turn_into(channel: NDArray[np.float32], plan: Plan, out: NDArray[np.float32]) -> None:
-    """Copy what is kept of (I, J, K) to (D, H, W), block by block; what is not finite becomes the mean of the rest."""
-    view = channel.transpose(plan.axes)[tuple(slice(None, None, -1 if a in plan.flips else 1) for a in range(3))]
-    view = view[plan.box]
-    whole = True
-    for d in range(0, out.shape[0], _BLOCK):
-        for w in range(0, out.shape[2], _BLOCK):
-            block = (slice(d, d + _BLOCK), slice(None), slice(w, w + _BLOCK))
-            out[block] = view[block]
-            whole = whole and bool(np.isfinite(out[block]).all())
-            release(channel)
-            release(out)
-    if whole:
-        return
-    count, total = 0, 0.0
-    for planes in _planes(out.shape):
-        finite = out[planes][np.isfinite(out[planes])]
-        count, total = count + finite.size, total + float(finite.sum(dtype=np.float64))
-    for planes in _planes(out.shape):  # before resampling, which would spread a NaN
-        part = out[planes]
-        part[~np.isfinite(part)] = total / count if count else 0.0
-        release(out)
-
-
-def _resample_into(native: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    def stream() -> Iterator[tuple[int, Tensor]]:
-        for planes in _planes(native.shape):
-            yield planes.start, torch.from_numpy(native[planes])[None]
-            release(native)
-
-    for d, h, block in to_native(stream(), bands(native.shape, out.shape), (0, out.shape[1]), 0):
-        out[d : d + block.shape[1], h : h + block.shape[2]] = block[0].numpy()
-        release(out)
+def _kept(channel: NDArray[np.float32], plan: Plan) -> NDArray[np.float32]:
+    """What is kept of (I, J, K) as (D, H, W), not yet resampled; a view."""
+    turned = tuple(slice(None, None, -1 if axis in plan.flips else 1) for axis in range(3))
+    return channel.transpose(plan.axes)[turned][plan.box]
 
 
 def _turn(own: str, wanted: str | None) -> tuple[Size3, tuple[int, ...]]:
