@@ -1,18 +1,30 @@
 """`visattn init`: looks at a data set and at this machine, and writes a recipe that trains on it."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from visattn import __version__
+from visattn.doctor.volume_sets import holds_volumes
 from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.init.budget import duration
 from visattn.init.division import look
 from visattn.init.machine import Machine, this_machine
 from visattn.init.plan import Plan, make_plan, recipe_lines
-from visattn.init.text import command, one_line, render
+from visattn.init.text import Line, command, one_line, render
+from visattn.init.volume_recipe import (
+    described,
+    make_volume_plan,
+    volume_commands,
+    volume_problems,
+    volume_recipe_lines,
+    volume_rows,
+)
+from visattn.init.volume_survey import survey_volumes
+from visattn.labels import Labels
 from visattn.progress import Bar
 from visattn.survey import Survey, find_parts, survey
 
@@ -39,18 +51,66 @@ def write_recipe(folder: Path, output: Path, overwrite: bool = False, machine: M
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")
     _refuse([output], overwrite)
-    found = _look(folder)
-    plan = make_plan(found, machine or this_machine(), output)
-    _refuse(list(plan.division.files), overwrite)
-    problems = [*found.unpaired, *found.unreadable, *_mismatches(plan)]
-    text = render(_head(plan, output), recipe_lines(plan))
-    for path, content in plan.division.files.items():
+    machine = machine or this_machine()
+    volumes = holds_volumes(folder.expanduser())
+    draft = _draft_volumes(folder, machine, output) if volumes else _draft_images(folder, machine, output)
+    _refuse(list(draft.files), overwrite)
+    for path, content in draft.files.items():
         write_text_atomic(path, content)
-    write_text_atomic(output, text)
-    print("\n".join(_summary(plan, output)))
-    _tell_problems(problems, folder)
-    print("Next:\n" + "\n".join(f"  {line}" for line in _next(plan, output)))
-    return 1 if problems else 0
+    write_text_atomic(output, render(_head(draft), draft.lines))
+    rows = [*draft.rows, *(("check", note) for note in draft.notes)]
+    rows.append(("wrote", ", ".join(str(path) for path in (output, *draft.files))))
+    print("\n".join(f"{title:9} {one_line(text)}" for title, text in rows))
+    _tell_problems(draft.problems, folder)
+    print("Next:\n" + "\n".join(f"  {line}" for line in draft.commands))
+    return 1 if draft.problems else 0
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is written and told.
+
+    Args:
+        what: What the recipe is for.
+        lines: The recipe.
+        files: Further files.
+        machine: What was planned for.
+        seconds: The time that training takes.
+        data: The data in a line.
+        rows: What was decided, for the terminal.
+        notes: What a person has to check.
+        problems: What has to be put right first.
+        commands: What comes next.
+    """
+
+    what: str
+    lines: list[Line]
+    files: dict[Path, str]
+    machine: Machine
+    seconds: float
+    data: str
+    rows: list[tuple[str, str]]
+    notes: tuple[str, ...]
+    problems: list[str]
+    commands: list[str]
+
+
+def _draft_images(folder: Path, machine: Machine, output: Path) -> _Draft:
+    found = _look(folder)
+    plan = make_plan(found, machine, output)
+    return _Draft(
+        _what(plan.network.title, plan.labels), recipe_lines(plan), plan.division.files, machine, plan.budget.seconds,
+        _images(plan), _rows(plan), plan.notes, [*found.unpaired, *found.unreadable, *_mismatches(plan)],
+        _next(plan, output),
+    )  # fmt: skip
+
+
+def _draft_volumes(folder: Path, machine: Machine, output: Path) -> _Draft:
+    plan = make_volume_plan(survey_volumes(folder), machine)
+    return _Draft(
+        _what(plan.budget.network.title, plan.labels), volume_recipe_lines(plan), {}, machine, plan.budget.seconds,
+        described(plan), volume_rows(plan), plan.notes, volume_problems(plan), volume_commands(plan, output),
+    )  # fmt: skip
 
 
 def _look(folder: Path) -> Survey:
@@ -81,19 +141,21 @@ def _mismatches(plan: Plan) -> list[str]:
     return lines
 
 
-def _head(plan: Plan, output: Path) -> list[str]:
-    what = " and ".join(plan.labels.foreground[:4]) + (" ..." if len(plan.labels.foreground) > 4 else "")
+def _what(title: str, labels: Labels) -> str:
+    named = " and ".join(labels.foreground[:4]) + (" ..." if len(labels.foreground) > 4 else "")
+    return f"{title} for {named}"
+
+
+def _head(draft: _Draft) -> list[str]:
+    titles = ("Check:", "Command:", "Then:")
     return [
-        f"{plan.network.title} for {what}: written by visattn init {__version__}, to be read and changed",
+        f"{draft.what}: written by visattn init {__version__}, to be read and changed",
         "",
-        *(
-            f"{title:9} {line}"
-            for title, line in zip(("Check:", "Command:", "Then:"), _next(plan, output), strict=True)
-        ),
-        f"Hardware: {plan.machine.described}",
-        f"Time:     about {duration(plan.budget.seconds)} on this machine",
-        f"Data:     {_images(plan)}",
-        *(f"Mind:     {note}" for note in plan.notes),
+        *(f"{title:9} {line}" for title, line in zip(titles, draft.commands, strict=True)),
+        f"Hardware: {draft.machine.described}",
+        f"Time:     about {duration(draft.seconds)} on this machine",
+        f"Data:     {draft.data}",
+        *(f"Mind:     {note}" for note in draft.notes),
     ]
 
 
@@ -115,24 +177,21 @@ def _images(plan: Plan) -> str:
     return f"{len(plan.survey.usable)} images with masks, {span} pixels, {kind} ({kinds})"
 
 
-def _summary(plan: Plan, output: Path) -> list[str]:
+def _rows(plan: Plan) -> list[tuple[str, str]]:
     budget = plan.budget
     labels = ", ".join(f"{name} {value}" for name, value in list(plan.guess.labels.items())[:8])
     accumulate = f" x {budget.accumulate}" if budget.accumulate > 1 else ""
     parts = plan.division
     split = f"{parts.training} images train, {parts.validation} validate" + (f"; {parts.told}" if parts.told else "")
     network = f"{plan.network.title} ({plan.network.arguments['backbone']}), {budget.size[1]} x {budget.size[0]} pixels"
-    rows = [
+    return [
         ("data", _images(plan)),
         ("labels", f"{labels}: {plan.guess.why}"),
         ("split", split),
         ("machine", plan.machine.described),
         ("network", f"{network}, batches of {budget.batch}{accumulate}, {plan.machine.precision}"),
         ("training", f"{budget.epochs} epochs, about {duration(budget.seconds)}"),
-        *(("check", note) for note in plan.notes),
-        ("wrote", ", ".join(str(path) for path in (output, *plan.division.files))),
     ]
-    return [f"{title:9} {one_line(text)}" for title, text in rows]
 
 
 def _tell_problems(problems: list[str], folder: Path) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visattn.init.machine import Machine
+from visattn.init.volume_grid import Levels
 from visattn.labels import Labels
 
 MULTIPLE = 32  # the coarsest maps of the backbones are 32 times smaller than the image
@@ -38,8 +39,8 @@ class Network:
         arguments: The recipe's `network` block.
         why: Why this one.
         parameters: Number of parameters.
-        pixel_bytes: Memory for each pixel of an image in training, in bytes.
-        seconds: Time of one image in training on one core: fixed, and for each megapixel.
+        pixel_bytes: Memory for each pixel of an image, or voxel of a volume, in training, in bytes.
+        seconds: Time of one image in training on one core: fixed, and for each megapixel or million voxels.
     """
 
     title: str
@@ -71,8 +72,18 @@ class Budget:
     why: dict[str, str] = field(default_factory=dict)
 
 
-def choose_network(labels: Labels, machine: Machine) -> Network:
-    """The network for these labels on this machine; the one place that decides it."""
+def choose_network(labels: Labels, machine: Machine, levels: Levels | None = None) -> Network:
+    """The network for these labels on this machine; the one place that decides it.
+
+    Args:
+        labels: The labels.
+        machine: The machine.
+        levels: How a network for volumes goes down; None: for images.
+    """
+    if levels is not None:
+        narrow = machine.device == "cpu"
+        why = "narrow, as a CPU is slow; [32, 64, ...] on a GPU" if narrow else "the baseline that others have to beat"
+        return _unet3d(levels, *((8, 128) if narrow else (32, 320)), why)
     classes = 52.0 * (labels.channels - 1)  # bytes that one more output channel costs a pixel
     if machine.device == "cpu":
         arguments = {"name": "pranet", "backbone": "resnet18", "pretrained": False}
@@ -80,6 +91,27 @@ def choose_network(labels: Labels, machine: Machine) -> Network:
         return Network("PraNet", arguments, why, 17.1e6, 700 + classes, (0.045, 3.6))
     arguments = {"name": "pranet", "backbone": "res2net50d", "pretrained": False}
     return Network("PraNet", arguments, "the paper's backbone", 30.5e6, 2660 + classes, (0.08, 12.2))
+
+
+def _unet3d(levels: Levels, first: int, most: int, why: str) -> Network:
+    """A plain U-Net and what it costs, for each voxel of the image."""
+    filters = [min(first * 2**level, most) for level in range(len(levels.kernels))]
+    arguments: dict[str, Any] = {"name": "unet3d", "filters": filters, "deep_supervision": len(filters) > 3}
+    if not levels.plain:
+        arguments |= {"strides": [list(one) for one in levels.strides], "kernels": [list(k) for k in levels.kernels]}
+    kept = parameters = products = 0.0
+    share, before = 1.0, 1
+    for level, (width, kernel) in enumerate(zip(filters, levels.kernels, strict=True)):
+        last = level == len(filters) - 1
+        weights = math.prod(kernel) * (before * width + width**2 + (0 if last else 3 * width**2))
+        parameters += weights
+        products += share * weights
+        kept += share * width
+        if not last:
+            parameters += filters[level + 1] * width * math.prod(levels.strides[level])
+            share, before = share / math.prod(levels.strides[level]), width
+    seconds = 4.8e-5 * products + 0.06 * kept
+    return Network("U-Net", arguments, why, parameters, 48 * kept, (0.02, seconds))
 
 
 def plan_budget(
@@ -99,7 +131,7 @@ def plan_budget(
     native, aspect, shape = _shape(sizes)
     if machine.device == "cpu":
         return _cpu_budget(network, machine, sizes, wanted, training, validation)
-    room = _USED * machine.gpu_memory - _RESERVE - _STATE * network.parameters
+    room = gpu_room(network, machine)
     cap = next(side for least, side in _GPU_SIDES if machine.gpu_memory >= least)
     for side in _sides(min(native, cap)):
         size = _size(side, aspect)
@@ -127,7 +159,7 @@ def _cpu_budget(
     network: Network, machine: Machine, sizes: Sequence[tuple[int, int]], batch: int, training: int, validation: int
 ) -> Budget:
     native, aspect, shape = _shape(sizes)
-    speed = 1 + _EXTRA_CORE * (min(machine.cores, _MOST_CORES) - 1)
+    speed = cpu_speed(machine)
     epochs = min(_whole(min(max(60 * training, 500 * batch), 24_000) / training), 200)
 
     def seconds(size: tuple[int, int]) -> float:
@@ -151,6 +183,16 @@ def _cpu_budget(
         "epochs": f"about {duration(epochs * seconds(size))}, {_steps(epochs, training, batch, 1)} steps: {enough}",
     }
     return Budget(size, batch, 1, epochs, epochs * seconds(size), why)
+
+
+def gpu_room(network: Network, machine: Machine) -> float:
+    """Bytes for images on the GPU, once the network is there."""
+    return _USED * machine.gpu_memory - _RESERVE - _STATE * network.parameters
+
+
+def cpu_speed(machine: Machine) -> float:
+    """How much faster than one core all are."""
+    return 1 + _EXTRA_CORE * (min(machine.cores, _MOST_CORES) - 1)
 
 
 def duration(seconds: float) -> str:

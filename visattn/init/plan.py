@@ -110,7 +110,7 @@ def recipe_lines(plan: Plan) -> list[Line]:
         Line(2, "cache", True, "decoded images stay in memory if they fill less than half of it"),
         Line(0, "trainer", opens=True),
         Line(1, "max_epochs", budget.epochs, budget.why["epochs"]),
-        Line(1, "precision", plan.machine.precision, _precision_why(plan.machine)),
+        Line(1, "precision", plan.machine.precision, precision_why(plan.machine)),
         Line(1, "gradient_clip_val", 1.0, "one odd batch cannot throw the weights far"),
     ]
     if budget.accumulate > 1:
@@ -244,7 +244,8 @@ def _paths(paths: Sequence[Path]) -> str | list[str]:
     return texts[0] if len(texts) == 1 else texts
 
 
-def _precision_why(machine: Machine) -> str:
+def precision_why(machine: Machine) -> str:
+    """Why the machine's precision."""
     return {
         "bf16-mixed": "twice as fast and half the memory, with the range of float32",
         "16-mixed": "twice as fast and half the memory; this GPU has no bfloat16",
