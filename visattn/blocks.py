@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.layers.drop import DropPath
 from torch import Tensor, nn
 
 from visattn.attention import ATTENTION, DepthwiseConvolution
@@ -34,14 +33,58 @@ class BatchNorm(nn.Module):
 NORM: dict[str, type[nn.Module]] = {"batch": BatchNorm, "layer": nn.LayerNorm, "rms": nn.RMSNorm}
 
 
+CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+_BATCH: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+_INSTANCE: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+def conv_norm(kind: str, rank: int, width: int) -> nn.Module:
+    """The norm of channels-first maps (B, width, *S) called `kind`: `batch`, `instance` or `group` (up to 8 groups)."""
+    norm: nn.Module
+    if kind == "group":
+        groups = max(size for size in range(1, min(8, width) + 1) if width % size == 0)
+        norm = nn.GroupNorm(groups, width)
+    elif kind == "batch":
+        norm = _BATCH[rank](width)
+    elif kind == "instance":
+        norm = _INSTANCE[rank](width, affine=True)
+    else:
+        raise unknown("norm", kind, ("batch", "instance", "group"))
+    return norm
+
+
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """The rate of each block of each stage, growing linearly from 0 to `rate` over all blocks."""
-    each = torch.linspace(0, rate, sum(depths), dtype=torch.float64).tolist()
+    each = torch.linspace(0, rate, sum(depths), dtype=torch.float64, device="cpu").tolist()
     return [each[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): in training, a sample's branch is left out at random.
+
+    What is kept is divided by the probability of being kept, so that the mean stays.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise UserError(f"drop_path_rate must be in [0, 1), got {rate!r}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x`, in training with some samples set to zero."""
+        if not self.training:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        """The setting shown by `repr`."""
+        return f"rate={self.rate:g}"
+
+
 def drop_path(rate: float) -> nn.Module:
-    """Stochastic depth: in training, a sample's branch is left out with probability `rate`."""
+    """Stochastic depth of probability `rate`; the identity where that is 0."""
     return DropPath(rate) if rate else nn.Identity()
 
 

@@ -76,13 +76,16 @@ def _official_backbone(name: str, family: Any, official: dict[str, Tensor], kwar
 
     A family's module holds `official_name(key)`: our key to the authors'; `unused(model)`: their entries that no output
     depends on, with shapes; and, where tensors are stored in another form, `translate(official, model)`: the same keys
-    with tensors in our form. The number of classes is the checkpoint's unless it is given.
+    with tensors in our form. `arguments(official)`, where there is one, tells what the checkpoint's entries say about
+    the constructor's arguments; those given here come first. So does the number of classes.
     """
     import timm
 
     classifier = family.official_name("head.fc.weight")
     if "num_classes" not in kwargs and classifier in official:
         kwargs["num_classes"] = len(official[classifier])
+    if hasattr(family, "arguments"):
+        kwargs = {**family.arguments(official), **kwargs}
     model = timm.create_model(name, pretrained=False, **kwargs)
     net: nn.Module = model.model if kwargs.get("features_only") else model  # type: ignore[assignment]
     unused = dict(family.unused(net))

@@ -81,17 +81,17 @@ class Head(nn.Module):
         self.pool = ""
         self.reset(num_classes, pool)
 
-    def reset(self, num_classes: int, pool: str | None = None) -> None:
-        """A new classifier of `num_classes`, and new pooling unless None."""
+    def reset(self, num_classes: int, pool: str | None = None, like: Tensor | None = None) -> None:
+        """A new classifier of `num_classes`, and new pooling unless None; on the device and of the dtype of `like`."""
         if pool is not None:
             if pool not in ("", "avg", "max"):
                 raise ValueError(f"global_pool must be 'avg', 'max' or '' (none), got {pool!r}")
             self.pool = pool
         if num_classes == 0:
-            self.fc = nn.Identity()
+            self.fc = nn.Identity().train(self.training)
             return
-        old = next((tensor for tensor in self.parameters()), None)
-        self.fc = nn.Linear(self.num_features, num_classes, device=None if old is None else old.device)
+        where: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        self.fc = nn.Linear(self.num_features, num_classes, **where).train(self.training)
         nn.init.trunc_normal_(self.fc.weight, std=0.02)
         nn.init.zeros_(self.fc.bias)
 
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh classifier; 0 classes leave it out, an empty `global_pool` leaves the pooling out."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        self.head.reset(num_classes, global_pool, next(self.parameters()))
 
     def forward_intermediates(
         self,

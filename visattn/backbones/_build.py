@@ -1,8 +1,10 @@
 """How a family's builder becomes a model of timm: defaults, feature maps, and official weights by name."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
@@ -31,6 +33,8 @@ def build(
     pretrained: bool,
     *,
     out_indices: tuple[int, ...] = (0, 1, 2, 3),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The model `variant`, as timm's `create_model` wants it.
@@ -40,8 +44,15 @@ def build(
         variant: The registered name.
         pretrained: Whether to load the weights that the configuration names.
         out_indices: Maps that `features_only=True` gives by default.
+        device: Where the parameters are made; None: where torch makes tensors.
+        dtype: Of floating-point parameters; None: torch's default.
         kwargs: Arguments of the builder, and timm's own (`features_only`, `out_indices`, `pretrained_cfg`, ...).
     """
     feature_cfg = {"out_indices": out_indices, "feature_cls": "getter"}
-    model: nn.Module = build_model_with_cfg(builder, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
+
+    def placed(**arguments: Any) -> nn.Module:
+        with nullcontext() if device is None else torch.device(device):
+            return builder(**arguments).to(dtype=dtype)
+
+    model: nn.Module = build_model_with_cfg(placed, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
     return model
