@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models import checkpoint_seq
+from timm.models import checkpoint_seq, register_notrace_module
 from torch import Tensor, nn
 
 from visattn.blocks import Mlp as Mlp
@@ -23,6 +23,7 @@ from visattn.blocks import init_linear as init_linear
 Indices = int | Sequence[int] | None
 
 
+@register_notrace_module  # blocks choose their way by sizes, which torch.fx cannot follow
 class Stage(nn.Module):
     """A change of resolution and width, then blocks.
 
@@ -45,6 +46,7 @@ class Stage(nn.Module):
         return x
 
 
+@register_notrace_module
 class Head(nn.Module):
     """Global pooling and a classifier.
 

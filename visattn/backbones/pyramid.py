@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from visattn.backbones._backbone import Backbone, Head, Stage
 from visattn.backbones._build import build, config
 from visattn.blocks import (
+    CONV,
     NORM,
     Block,
     ConvMlp,
@@ -34,9 +35,8 @@ from visattn.blocks import (
 )
 from visattn.errors import UserError, unknown
 
-CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 
-
+@register_notrace_module  # whether anything is missing depends on the size
 class PadTo(nn.Module):
     """Zeros at the end of each axis of (B, C, *S), up to a multiple."""
 
@@ -174,7 +174,7 @@ def pyramid(
         (conv_stem if stem == "conv" else patch_stem)(in_chans, widths[0], steps[0], norm_class),
         stages,
         widths=widths,
-        reductions=[each[0] if len(set(each)) == 1 else max(each) for each in total],
+        reductions=[max(each) for each in total],
         norm=norm_class(widths[-1]),
         head=Head(widths[-1], num_classes, pool=global_pool, channels_last=True, drop_rate=drop_rate),
         in_chans=in_chans,
@@ -182,6 +182,9 @@ def pyramid(
         channels_last=True,
         no_decay=("rpb", "_bias", "gamma"),
     )
+    for info, each in zip(network.feature_info, total, strict=True):
+        if len(set(each)) > 1:
+            info["reductions"] = each  # timm's records know one number for all axes: the largest
     for module in network.modules():
         if isinstance(module, Mlp | ConvMlp):
             module.apply(init_linear)

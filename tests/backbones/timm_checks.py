@@ -1,0 +1,57 @@
+"""Runs timm's own tests/test_models.py on our 2-D names, as a plugin of pytest; timm's file is not part of this repository.
+
+    PYTHONPATH=tests/backbones python -m pytest -p timm_checks -c /dev/null .../pytorch-image-models/tests/test_models.py
+
+Take the file of the installed timm's release (its source archive on PyPI has it). What timm_deselected.toml lists is left
+out, and so are timm's own models. `-k va_nat_mini` takes one model.
+"""
+
+import fnmatch
+import sys
+import tomllib
+from pathlib import Path
+
+import timm
+
+import visattn
+from visattn.backbones import FAMILIES
+
+assert visattn.__version__
+LISTED = Path(__file__).with_name("timm_deselected.toml")
+_list_models = timm.list_models
+
+
+def images(name: str) -> bool:
+    """Whether timm's tests can make an input for the model: they know images only."""
+    return timm.get_pretrained_cfg_value(name, "input_size") is not None
+
+
+def ours(filter: str | list[str] = "", module: object = "", **kwargs: object) -> list[str]:
+    """`timm.list_models` of our names; families in files of ours stand in no list of timm's modules."""
+    if kwargs.pop("pretrained", False):
+        return []
+    return [name for name in _list_models(filter, **kwargs) if name.split(".")[0] in FAMILIES and images(name)]
+
+
+def reason(check: str, model: str) -> str | None:
+    """Why `check` is left out for `model`, if it is."""
+    for entry in tomllib.loads(LISTED.read_text())["deselected"]:
+        if check in entry["checks"] and any(fnmatch.fnmatch(model, pattern) for pattern in entry["models"]):
+            return entry["reason"]
+    return None
+
+
+def pytest_configure(config):
+    timm.list_models = ours
+    timm.list_pretrained = lambda *_args, **_kwargs: []
+    sys.modules["timm.models"].list_models = ours
+
+
+def pytest_collection_modifyitems(config, items):
+    kept, left = [], []
+    for item in items:
+        model = getattr(item, "callspec", None) and item.callspec.params.get("model_name")
+        listed = model and model in FAMILIES and reason(item.originalname, model) is None
+        (kept if listed else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
