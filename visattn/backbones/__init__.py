@@ -6,9 +6,29 @@ there, `official_name` and `unused`, and may hold a third, `translate`; `visattn
 
 from types import ModuleType
 
-from visattn.backbones import biformer, biformer_stl, medvit, medvit_dina, pyramid
+from visattn.backbones import (
+    agent_cswin,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    biformer,
+    biformer_stl,
+    medvit,
+    medvit_dina,
+    pyramid,
+)
 
-_MODULES: tuple[ModuleType, ...] = (pyramid, biformer, biformer_stl, medvit, medvit_dina)
+_MODULES: tuple[ModuleType, ...] = (
+    pyramid,
+    biformer,
+    biformer_stl,
+    medvit,
+    medvit_dina,
+    agent_deit,
+    agent_pvt,
+    agent_swin,
+    agent_cswin,
+)
 FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
 """Registered names and the modules that hold them."""
 
