@@ -155,7 +155,7 @@ def test_other_readers_put_masks_where_they_put_scans(tmp_path):
 
 @pytest.mark.slow  # resamples
 def test_resampling_and_back_moves_nothing(tmp_path):
-    """A ball stays where it is, to the noise of whole voxels, although the network sees another grid than the file's."""
+    """A ball stays where it is, to the noise of voxels, although the network sees another grid than the file's."""
     rng = np.random.default_rng(3)
     (tmp_path / "in").mkdir()
     expected = {}
