@@ -15,6 +15,7 @@ from visattn.backbones import (
     biformer_stl,
     medvit,
     medvit_dina,
+    partialnet,
     pyramid,
 )
 
@@ -28,6 +29,7 @@ _MODULES: tuple[ModuleType, ...] = (
     agent_pvt,
     agent_swin,
     agent_cswin,
+    partialnet,
 )
 FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
 """Registered names and the modules that hold them."""
