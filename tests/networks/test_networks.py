@@ -15,9 +15,14 @@ SMALL = {
     "agunet": {"filters": (4, 6, 8)},
     "daunet": {"filters": (4, 6, 8)},
     "pranet": {"backbone": "resnet10t", "channels": 8},
+    "unet": {
+        "backbone": "va_pyramid",
+        "backbone_args": {"widths": (8, 12, 16), "depths": (1, 1, 1), "strides": (4, 2, 2)},
+        "deep_supervision": True,
+    },
     "unet3d": {"filters": (4, 6, 8, 8), "deep_supervision": True},
 }
-SIZE = {"pranet": (45, 70)}  # the others take volumes
+SIZE = {"pranet": (45, 70), "unet": (45, 70)}  # the others take volumes
 VOLUME = (11, 13, 18)
 
 

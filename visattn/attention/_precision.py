@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for `device`; never for `meta`, whose tensors have shapes and no values."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """A context in which products keep the dtype of their operands.
 
     Under autocast a product of float32 operands is otherwise computed in half precision again, where large logits
     become infinite and their softmax NaN.
     """
-    if torch.is_autocast_enabled(device.type):
+    if autocast_enabled(device):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -29,7 +29,7 @@ from visattn.attention._neighborhood_reference import neighborhood_reference
 from visattn.attention._neighborhood_tiles import neighborhood_tiles
 from visattn.attention._neighborhood_traced import neighborhood_traced
 from visattn.attention._neighborhood_windows import Axis, axes_of, bounds, check_fits
-from visattn.attention._precision import exact, without_autocast
+from visattn.attention._precision import autocast_enabled, exact, without_autocast
 from visattn.attention._windows import flat_index
 
 Backend = Literal["auto", "reference", "torch", "natten"]
@@ -131,7 +131,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape[-2] != value.shape[-2] or query.shape[-2] % key.shape[-2]:
         raise ValueError(f"key and value must have the same number of heads, a divisor of the query's, {shapes}")
     kinds = {query.dtype, key.dtype, value.dtype}
-    if not query.is_floating_point() or (len(kinds) > 1 and not torch.is_autocast_enabled(query.device.type)):
+    if not query.is_floating_point() or (len(kinds) > 1 and not autocast_enabled(query.device)):
         raise ValueError(f"query, key and value must have one floating type, got {', '.join(map(str, kinds))}")
     if query.device != key.device or query.device != value.device:
         raise ValueError(
@@ -168,7 +168,7 @@ def attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """`neighborhood_attention` of checked tensors; a window larger than its axis is clipped to it."""
-    if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
+    if autocast_enabled(query.device) and query.dtype != torch.float64:
         kind = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -31,7 +31,7 @@ from visattn.attention import _checks as check
 from visattn.attention._depthwise import FEW
 from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, track, uses_batch
 from visattn.attention._partial_spatial import SpatialStep
-from visattn.attention._precision import exact_logits, without_autocast
+from visattn.attention._precision import autocast_enabled, exact_logits, without_autocast
 from visattn.attention._windows import certain, flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -186,7 +186,7 @@ class PartialSpatialAttention(nn.Module):
             and not any(isinstance(norm, nn.SyncBatchNorm) for norm in (self.norm, self.norm2))
             and x.dtype == self.conv.weight.dtype == self.norm.weight.dtype
             and x.dtype.itemsize >= 4
-            and not torch.is_autocast_enabled(x.device.type)
+            and not autocast_enabled(x.device)
             and not torch.compiler.is_compiling()
         )
 

@@ -8,8 +8,9 @@ the prediction first. Its `output_names` name them.
 from torch import nn
 
 from visattn.heads.pranet import PraNetHead
+from visattn.heads.unet import UNetHead
 
-HEADS: dict[str, type[nn.Module]] = {"pranet": PraNetHead}
+HEADS: dict[str, type[nn.Module]] = {"pranet": PraNetHead, "unet": UNetHead}
 """Heads by the name that recipes use."""
 
-__all__ = ["HEADS", "PraNetHead"]
+__all__ = ["HEADS", "PraNetHead", "UNetHead"]

@@ -20,7 +20,7 @@ Legend: B batch, C channels, K classes; level 0 is the finest of the three maps,
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class PraNetHead(nn.Module):
 
     def __init__(
         self,
-        features: Sequence[tuple[int, int]],
+        features: Sequence[tuple[int, Any]],
         classes: int = 1,
         channels: int = 32,
         activation: Activation | None = None,

@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from visattn.networks._sizes import crop
 from visattn.networks.features import TimmFeatures
 
 Output = Tensor | tuple[Tensor, ...]
@@ -31,16 +32,30 @@ class SegmentationNet(nn.Module):
         """Logits.
 
         Args:
-            x: Images (B, in_channels, H, W), normalised.
+            x: Images (B, in_channels, *S), normalised.
 
         Returns:
-            Logits (B, classes, H, W), or a tuple of such maps, the prediction first, named by `output_names`.
+            Logits (B, classes, *S), or a tuple of such maps, the prediction first, named by `output_names`; maps of a
+            lower resolution cover the image too, (B, classes, ceil(S / reduction)).
+
+        Raises:
+            ValueError: `x` has another number of axes.
         """
-        height, width = x.shape[-2:]
-        padded = self.backbone.padded_size((height, width))
-        if padded != (height, width):
-            x = F.pad(x, (0, padded[1] - width, 0, padded[0] - height))
+        if x.ndim != self.backbone.dims + 2:
+            axes = "(B, C, H, W)" if self.backbone.dims == 2 else "(B, C, D, H, W)"
+            raise ValueError(f"expected images {axes}, got {tuple(x.shape)}")
+        sizes = tuple(x.shape[2:])
+        padded = self.backbone.padded_size(sizes)
+        if padded != sizes:
+            missing = [goal - size for goal, size in zip(padded, sizes, strict=True)]
+            x = F.pad(x, [each for end in reversed(missing) for each in (0, end)])
         output: Output = self.head(self.backbone(x), padded)
         if isinstance(output, Tensor):
-            return output[..., :height, :width]
-        return tuple(map_[..., :height, :width] for map_ in output)
+            return _cropped(output, sizes, padded)
+        return tuple(_cropped(map_, sizes, padded) for map_ in output)
+
+
+def _cropped(map_: Tensor, sizes: tuple[int, ...], padded: tuple[int, ...]) -> Tensor:
+    """The part of `map_`, which covers an image of `padded` size, that belongs to the first `sizes` pixels."""
+    shape = [-(-size * have // whole) for size, have, whole in zip(sizes, map_.shape[2:], padded, strict=True)]
+    return crop(map_, shape)

@@ -1,4 +1,4 @@
-"""Any timm model as a source of feature maps.
+"""Any timm model as a source of feature maps, of images or, for our backbones that take them, of volumes.
 
 timm's `features_only=True` gives maps from fine to coarse for almost every model it has. What differs between models is
 hidden here: channels-last outputs, models built for one input size, window and block sizes that the input must be a
@@ -21,7 +21,7 @@ from visattn.errors import UserError, unknown
 from visattn.weights import read_weights
 
 # Fixed by the networks, so `backbone_args` may not set them; `checkpoint_path` and the like would load files unseen.
-_RESERVED = {
+RESERVED = {
     *("cache_dir", "checkpoint_path", "feature_cls", "features_only", "in_chans", "model_name", "num_classes"),
     *("out_indices", "output_fmt", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict"),
 }
@@ -32,20 +32,22 @@ _HUB_SECONDS = 5.0  # to connect to the hub before giving up; its own retries ta
 
 
 class TimmFeatures(nn.Module):
-    """The last maps of a timm model, finest first, as (B, C, H, W).
+    """The last maps of a timm model, finest first, as (B, C, *S).
 
     Args:
         name: A timm model, e.g. `res2net50d`, or with a weights tag, `convnext_tiny.fb_in22k`.
-        maps: How many of its last feature maps to return.
+        maps: How many of its last feature maps to return; None: all that it has.
         in_channels: Input channels. With pretrained weights timm's rule adapts the first convolution: one channel sums
             the three, more repeat them with the scale kept.
         pretrained: True downloads timm's weights; a path reads them from a file (safetensors or torch.save) of the
             whole timm model or of these features; False leaves timm's initialisation.
         options: Further arguments of the timm model, e.g. `{"drop_path_rate": 0.1}`.
+        dims: Spatial axes of the input.
 
     Attributes:
-        features: (channels, reduction) of the maps, finest first.
-        multiple: Height and width of the input must be multiples of this.
+        features: (channels, reduction) of the maps, finest first; a reduction is one number, or one per axis where they
+            differ.
+        multiple: Each side of the input must be a multiple of this; one number per axis.
         fixed_size: The only size the model takes, or None if any multiple will do.
 
     Raises:
@@ -55,10 +57,11 @@ class TimmFeatures(nn.Module):
     def __init__(
         self,
         name: str,
-        maps: int,
+        maps: int | None,
         in_channels: int = 3,
         pretrained: bool | str | Path = False,
         options: Mapping[str, Any] | None = None,
+        dims: int = 2,
     ) -> None:
         super().__init__()
         options = dict(options or {})
@@ -66,10 +69,13 @@ class TimmFeatures(nn.Module):
         if isinstance(pretrained, str | Path):
             _load_backbone(net, name, read_weights(pretrained), options, f"pretrained: {pretrained}")
         info: Any = net.feature_info
-        self.features: list[tuple[int, int]] = list(zip(info.channels(), info.reduction(), strict=True))
+        self.dims = dims
+        self.features: list[tuple[int, int | tuple[int, ...]]] = [
+            (each["num_chs"], each.get("reductions", each["reduction"])) for each in info.get_dicts()
+        ]
         self.net = net
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).upper().endswith("NHWC")
-        if len(self.features) < maps:
+        if maps is not None and len(self.features) < maps:
             raise UserError(f"backbone '{name}' has {len(self.features)} feature maps, but {maps} are needed")
         self.multiple, self.fixed_size = self._rehearse(name, in_channels, options)
 
@@ -77,14 +83,14 @@ class TimmFeatures(nn.Module):
         """Maps of `x` (B, in_channels, H, W), whose sides `padded_size` accepts."""
         return self._channels_first(self.net(x))
 
-    def padded_size(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
-        """The smallest size that the model takes and that holds an image of `size` (H, W).
+    def padded_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The smallest size that the model takes and that holds an image of the spatial `size`.
 
         Raises:
             UserError: The model takes one size only, and the image is larger.
         """
         if self.fixed_size is None:
-            return _ceil(size[0], self.multiple), _ceil(size[1], self.multiple)
+            return tuple(_ceil(side, by) for side, by in zip(size, self.multiple, strict=True))
         if size[0] > self.fixed_size[0] or size[1] > self.fixed_size[1]:
             height, width = self.fixed_size
             raise UserError(
@@ -97,19 +103,25 @@ class TimmFeatures(nn.Module):
     def _channels_first(self, maps: Any) -> list[Tensor]:
         return [feature.movedim(-1, 1) if self.channels_last else feature for feature in maps]
 
-    def _rehearse(self, name: str, in_channels: int, options: Mapping[str, Any]) -> tuple[int, tuple[int, int] | None]:
-        """Run the model on tensors without storage: (multiple, fixed size), and what it never uses is frozen."""
+    def _rehearse(
+        self, name: str, in_channels: int, options: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+        """Run the model on tensors without storage: (multiples, fixed size), and what it never uses is frozen."""
         tensors = [*self.net.parameters(), *self.net.buffers()]
         # In the copy each tensor is replaced by one that has a shape and no values, so copying costs nothing.
         memo: dict[int, Any] = {id(t): t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors}
         for parameter in self.net.parameters():
             memo[id(parameter)] = nn.Parameter(memo[id(parameter)])
         shadow = copy.deepcopy(self.net, memo).eval()
-        coarsest = math.lcm(*(int(reduction) for _, reduction in self.features))
-        native = options.get("img_size") or _config(name).input_size[-2:]
-        height, width = (native, native) if isinstance(native, int) else (int(side) for side in native)
-        trials = [(2 * coarsest * factor, 3 * coarsest * factor) for factor in _FACTORS] + [(height, width)]
-        for factor, size in zip((*_FACTORS, None), trials, strict=True):
+        reductions = [(each,) * self.dims if isinstance(each, int) else each for _, each in self.features]
+        coarsest = [math.lcm(*axis) for axis in zip(*reductions, strict=True)]
+        trials: list[tuple[int | None, tuple[int, ...]]] = [
+            (factor, tuple((2 + i) * side * factor for i, side in enumerate(coarsest))) for factor in _FACTORS
+        ]
+        if self.dims == 2:
+            native = options.get("img_size") or _config(name).input_size[-2:]
+            trials.append((None, (native, native) if isinstance(native, int) else tuple(map(int, native))))
+        for factor, size in trials:
             try:
                 # Both ways round, lest a trial be the one size that the model was built for.
                 for shape in (size,) if factor is None else (size[::-1], size):
@@ -119,8 +131,9 @@ class TimmFeatures(nn.Module):
             if [feature.shape[1] for feature in maps] != [channels for channels, _ in self.features]:
                 continue
             _freeze_unused(self.net, shadow, maps)
-            return (1, size) if factor is None else (coarsest * factor, None)
-        raise UserError(f"backbone '{name}' gives no feature maps that a head could read; choose another one")
+            return ((1,) * self.dims, size) if factor is None else (tuple(side * factor for side in coarsest), None)
+        kind = "images" if self.dims == 2 else "volumes"
+        raise UserError(f"backbone '{name}' gives no feature maps of {kind} that a head could read; choose another one")
 
 
 def _freeze_unused(net: nn.Module, shadow: nn.Module, maps: list[Tensor]) -> None:
@@ -144,7 +157,7 @@ def _ceil(side: int, multiple: int) -> int:
 
 
 def _build(
-    name: str, maps: int, in_channels: int, pretrained: bool, options: dict[str, Any]
+    name: str, maps: int | None, in_channels: int, pretrained: bool, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The timm model, and the arguments that it was built with."""
     import timm  # takes seconds, so only where a network is built
@@ -152,25 +165,28 @@ def _build(
     if not isinstance(name, str) or ":" in name or not timm.is_model(name):
         raise unknown("backbone", str(name), timm.list_models())
     for key in options:
-        if key in _RESERVED:
+        if key in RESERVED:
             raise UserError(f"backbone_args: '{key}' is set by the network; remove it")
     if pretrained:
-        _check_available(name)
+        check_available(name)
     fixed = _config(name).fixed_input_size
     refusal: TypeError | None = None
     for extra in _ANY_SIZE if fixed and "img_size" not in options else ({},):
         arguments = {**extra, **options}
+        wanted: dict[str, Any] = {} if maps is None else {"out_indices": tuple(range(-maps, 0))}
         try:
             net: nn.Module = timm.create_model(
                 name,
                 pretrained=pretrained,
                 in_chans=in_channels,
                 features_only=True,
-                out_indices=tuple(range(-maps, 0)),
+                **wanted,
                 **arguments,
             )
         except TypeError as error:
             refusal = error  # an argument that the model does not have
+        except UserError as error:
+            raise UserError(f"backbone '{name}': {error}") from error
         except Exception as error:  # whatever timm, the hub and the file raise
             raise _explained(name, pretrained, error) from error
         else:
@@ -195,7 +211,7 @@ _INSTEAD = (
 )
 
 
-def _check_available(name: str) -> None:
+def check_available(name: str) -> None:
     """Refuse quickly where the hub cannot be reached and the weights are not in its cache."""
     from huggingface_hub import constants, try_to_load_from_cache
 

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from visattn.blocks import CONV, conv_norm
 from visattn.errors import UserError
 from visattn.networks._sizes import crop, pad_to_multiple
 
 Norm = Literal["instance", "batch", "group"]
 PerLevel = Sequence[int | Sequence[int]]
 
-_CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 _UP: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_BATCH: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_INSTANCE: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
 FILTERS = (32, 64, 128, 256, 320)
 SLOPE = 0.01  # of the leaky ReLU
@@ -40,18 +38,6 @@ INFO: dict[str, Any] = {
     "licence": "ours; no weights included",
 }
 """What `visattn models` shows; parameters with the default arguments."""
-
-
-def _norm(kind: Norm, dims: int, width: int) -> nn.Module:
-    norm: nn.Module
-    if kind == "group":
-        groups = max(size for size in range(1, min(8, width) + 1) if width % size == 0)
-        norm = nn.GroupNorm(groups, width)
-    elif kind == "batch":
-        norm = _BATCH[dims](width)
-    else:
-        norm = _INSTANCE[dims](width, affine=True)
-    return norm
 
 
 class Level(nn.Module):
@@ -79,14 +65,14 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         padding = tuple(size // 2 for size in kernel)
-        first = _CONV[dims](width, out, tuple(kernel), tuple(stride), padding)
-        second = _CONV[dims](out, out, tuple(kernel), padding=padding)
-        self.first = nn.Sequential(first, _norm(norm, dims, out), nn.LeakyReLU(SLOPE, inplace=True))
-        self.second = nn.Sequential(second, _norm(norm, dims, out))
+        first = CONV[dims](width, out, tuple(kernel), tuple(stride), padding)
+        second = CONV[dims](out, out, tuple(kernel), padding=padding)
+        self.first = nn.Sequential(first, conv_norm(norm, dims, out), nn.LeakyReLU(SLOPE, inplace=True))
+        self.second = nn.Sequential(second, conv_norm(norm, dims, out))
         self.shortcut: nn.Module | None = None
         if residual:
             same = width == out and all(step == 1 for step in stride)
-            self.shortcut = nn.Identity() if same else _CONV[dims](width, out, 1, tuple(stride))
+            self.shortcut = nn.Identity() if same else CONV[dims](width, out, 1, tuple(stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, *S) to (B, out, *S / stride)."""
@@ -135,7 +121,7 @@ class UNet(nn.Module):
             Level(dims, 2 * filters[i], filters[i], kernels[i], [1] * dims, norm, residual) for i in range(len(strides))
         )
         heads = max(1, len(strides) - 1) if deep_supervision else 1
-        self.heads = nn.ModuleList(_CONV[dims](filters[i], classes, 1) for i in range(heads))
+        self.heads = nn.ModuleList(CONV[dims](filters[i], classes, 1) for i in range(heads))
         self.output_names = ("logits", *(f"logits_{i}" for i in range(1, heads)))
         for module in self.modules():
             if isinstance(module, nn.modules.conv._ConvNd):
