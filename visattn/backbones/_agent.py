@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from visattn.blocks import Mlp, drop_path
@@ -41,6 +42,7 @@ def image_size(img_size: int | Sequence[int]) -> Size:
     return sides[0], sides[1]
 
 
+@register_notrace_module  # attention chooses its way by sizes, which torch.fx cannot follow
 class Block(nn.Module):
     """Attention and an MLP, each behind a norm and beside a shortcut.
 
@@ -68,6 +70,7 @@ class Block(nn.Module):
         return x
 
 
+@register_notrace_module
 class Patches(nn.Module):
     """Patches of a map or of an image as vectors: a convolution that steps by its kernel, and a norm.
 

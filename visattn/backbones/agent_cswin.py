@@ -19,7 +19,7 @@ Legend: B batch, C channels, H and W sides of a map.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention
@@ -32,6 +32,7 @@ from visattn.blocks import drop_path_rates, init_linear
 REDUCTIONS = (4, 8, 16, 32)
 
 
+@register_notrace_module  # it asks about sizes, which torch.fx cannot follow
 class Stem(nn.Module):
     """A convolution that overlaps, of stride 4, and a norm.
 

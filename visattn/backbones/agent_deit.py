@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -41,6 +41,34 @@ from visattn.blocks import drop_path_rates, init_linear
 
 PATCH = 16
 POOLS = ("token", "avg", "max", "")
+
+
+@register_notrace_module  # it asks about sizes, which torch.fx cannot follow
+class Tokens(nn.Module):
+    """The first layer: patches as tokens with their positions, behind the class token.
+
+    Args:
+        in_chans: Channels of the images.
+        dim: Channels C.
+        grid: Height and width of the map that the positions are stored for.
+        img_size: The size that images must have; None: any.
+    """
+
+    def __init__(self, in_chans: int, dim: int, grid: Size, img_size: Size | None) -> None:
+        super().__init__()
+        self.grid, self.img_size = grid, img_size
+        self.proj = nn.Conv2d(in_chans, dim, PATCH, stride=PATCH)
+        self.cls_token = position_table(1, dim)
+        self.pos_embed = position_table(1 + math.prod(grid), dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """The tokens (B, 1 + H W, C) of images (B, in_chans, *), and (H, W)."""
+        check_size(x, self.img_size)
+        maps = self.proj(x).movedim(1, -1)  # (B, H, W, C)
+        size = (maps.shape[1], maps.shape[2])
+        grid = resized_grid(torch.unflatten(self.pos_embed[:, 1:], 1, self.grid), size, "bilinear")
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        return torch.cat([first, (maps + grid).flatten(1, 2)], dim=1), size
 
 
 class AgentDeit(nn.Module):
@@ -91,8 +119,7 @@ class AgentDeit(nn.Module):
     ) -> None:
         super().__init__()
         height, width = image_size(img_size)
-        self.img_size: Size | None = None if dynamic_img_size else (height, width)
-        self.grid: Size = (height // PATCH, width // PATCH)
+        grid = (height // PATCH, width // PATCH)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.num_prefix_tokens = 1
@@ -101,14 +128,12 @@ class AgentDeit(nn.Module):
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": PATCH, "module": f"blocks.{index}"} for index in range(depth)
         ]
-        self.patch_embed = nn.Conv2d(in_chans, dim, PATCH, stride=PATCH)
-        self.cls_token = position_table(1, dim)
-        self.pos_embed = position_table(1 + math.prod(self.grid), dim)
+        self.stem = Tokens(in_chans, dim, grid, None if dynamic_img_size else (height, width))
         blocks = []
         for index, rate in enumerate(drop_path_rates(drop_path_rate, [depth])[0]):
             attention: nn.Module
             if agent_blocks is None or index < agent_blocks:
-                attention = AgentAttention(dim, num_heads, variant="deit", agent_num=agent_num, window_size=self.grid)
+                attention = AgentAttention(dim, num_heads, variant="deit", agent_num=agent_num, window_size=grid)
             else:
                 attention = FullAttention(dim, num_heads)
             blocks.append(Block(dim, attention, mlp_ratio, 1e-6, rate))
@@ -122,13 +147,13 @@ class AgentDeit(nn.Module):
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
-        return {"pos_embed", "cls_token"}
+        return {"stem.pos_embed", "stem.cls_token"}
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort parameters into layers, from the image on."""
         return {
-            "stem": r"^cls_token|^pos_embed|^patch_embed",
+            "stem": r"^stem",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
@@ -174,7 +199,7 @@ class AgentDeit(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW', 'NHWC' or 'NLC', got {output_fmt!r}")
         taken = taken_indices(len(self.feature_info), indices)
         found: list[Any] = []
-        x, size = self._embed(x)
+        x, size = self.stem(x)
         for index, block in enumerate(self.blocks):
             if stop_early and index > max(taken):
                 break
@@ -203,7 +228,7 @@ class AgentDeit(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens (B, 1 + H W, C) after the last norm, the class token first."""
-        x, size = self._embed(x)
+        x, size = self.stem(x)
         for block in self.blocks:
             x = self._run(block, x, size)
         x = self.norm(x)
@@ -224,15 +249,6 @@ class AgentDeit(nn.Module):
         """Logits (B, num_classes) of images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
 
-    def _embed(self, x: Tensor) -> tuple[Tensor, Size]:
-        """Tokens (B, 1 + H W, C) with their positions, and H, W."""
-        check_size(x, self.img_size)
-        maps = self.patch_embed(x).movedim(1, -1)  # (B, H, W, C)
-        size = (maps.shape[1], maps.shape[2])
-        grid = resized_grid(torch.unflatten(self.pos_embed[:, 1:], 1, self.grid), size, "bilinear")
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return torch.cat([first, (maps + grid).flatten(1, 2)], dim=1), size
-
     def _run(self, block: nn.Module, x: Tensor, size: Size) -> Tensor:
         """One block, which is told the size of the map if its attention asks for it."""
         arguments = (x, size) if isinstance(block.attn, AgentAttention) else (x,)
@@ -251,12 +267,14 @@ def _pool(name: str) -> str:
 
 def _positions(model: nn.Module) -> dict[str, str]:
     """The block whose tables tell the sides of the map that `pos_embed` belongs to."""
-    return {"pos_embed": "blocks.0.attn"}
+    return {"stem.pos_embed": "blocks.0.attn"}
 
 
 def official_name(key: str) -> str:
     """The authors' name of our parameter `key`."""
-    return key.replace("patch_embed.", "patch_embed.proj.").replace("head.fc.", "head.")
+    if key.startswith("stem.proj."):
+        return key.replace("stem.", "patch_embed.")
+    return key.removeprefix("stem.").replace("head.fc.", "head.")
 
 
 def unused(model: nn.Module) -> Mapping[str, tuple[int, ...]]:
@@ -269,7 +287,7 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return fit_official(official, model, official_name, _positions(model))
 
 
-_CONFIG = config("patch_embed", fixed_input_size=True, pool_size=None)
+_CONFIG = config("stem.proj", fixed_input_size=True, pool_size=None)
 default_cfgs = generate_default_cfgs({f"va_agent_deit_{size}": _CONFIG for size in "tsb"})
 _MAPS = (2, 5, 8, 11)
 
