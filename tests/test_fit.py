@@ -13,12 +13,13 @@ from PIL import Image
 
 import visattn
 from visattn import callbacks, fit
+from visattn.base_task import initialise_from
 from visattn.checkpoint import read_checkpoint
 from visattn.cli import main
 from visattn.errors import UserError
 from visattn.metrics import case_metrics
 from visattn.recipe import packaged_recipes, resolve
-from visattn.task import SegmentationTask, initialise_from
+from visattn.task import SegmentationTask
 
 SMALL = [
     "--model.network.backbone",

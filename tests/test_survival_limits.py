@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from visattn import space
+from visattn.base_task import WeightAverage
 from visattn.cli import main
 from visattn.errors import UserError
 from visattn.failures import explained
 from visattn.files import atomic_write, remove_leftovers, write_text_atomic
 from visattn.recipe import resolve
 from visattn.runs import find_checkpoint, named_run
-from visattn.task import SegmentationTask, WeightAverage
+from visattn.task import SegmentationTask
 
 ADVICE = "Lower data.batch_size (16) or data.size (352)."
 

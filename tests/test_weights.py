@@ -238,7 +238,7 @@ def test_a_failing_download_is_explained(monkeypatch):
     def fail(*args, pretrained=False, **kwargs):
         raise RuntimeError("checksum mismatch\nand more lines")
 
-    monkeypatch.setattr(features, "_check_available", lambda name: None)
+    monkeypatch.setattr(features, "check_available", lambda name: None)
     monkeypatch.setattr(timm, "create_model", fail)
     with pytest.raises(UserError, match=r"weights of 'resnet10t' cannot be had \(RuntimeError: checksum mismatch\)"):
         create_model("pranet", backbone="resnet10t", pretrained=True)

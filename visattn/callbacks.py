@@ -4,6 +4,7 @@ import csv
 import io
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,6 @@ from rich.progress import (
 )
 
 from visattn.files import write_text_atomic
-
-COLUMNS = ("epoch", "step", "train/loss", "val/loss", "val/dice", "val/iou", "lr", "seconds")
 
 
 class RandomState(L.Callback):
@@ -47,10 +46,16 @@ class RandomState(L.Callback):
 
 
 class EpochTable(L.Callback):
-    """Writes `metrics.csv`, one row for each finished epoch; a resumed run continues the table."""
+    """Writes `metrics.csv`, one row for each finished epoch; a resumed run continues the table.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The file.
+        scores: What the task logs after each validation, besides the loss.
+    """
+
+    def __init__(self, path: Path, scores: Sequence[str]) -> None:
         self.path = path
+        self._columns = ("epoch", "step", "train/loss", "val/loss", *scores, "lr", "seconds")
         self._rows: list[dict[str, str]] = []
         self._started = 0.0
         self._validated = False
@@ -77,22 +82,27 @@ class EpochTable(L.Callback):
             return
         row: dict[str, str] = {"epoch": str(trainer.current_epoch), "step": str(trainer.global_step)}
         for key, value in trainer.callback_metrics.items():
-            if key in COLUMNS and (self._validated or not key.startswith("val/")):
+            if key in self._columns and (self._validated or not key.startswith("val/")):
                 row[key] = f"{float(value):.6g}"
         row["seconds"] = f"{time.monotonic() - self._started:.2f}"
         self._rows.append(row)
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
         write_text_atomic(self.path, text.getvalue())
 
 
 class TrainingProgress(ProgressBar):
-    """One bar over the whole training with the time left; without a terminal, one line for each epoch."""
+    """One bar over the whole training with the time left; without a terminal, one line for each epoch.
 
-    def __init__(self) -> None:
+    Args:
+        score: What the task logs that is shown beside the loss.
+    """
+
+    def __init__(self, score: str) -> None:
         super().__init__()
+        self._score = score
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._enabled = True
@@ -141,7 +151,7 @@ class TrainingProgress(ProgressBar):
         """Show the epoch's loss and scores."""
         scores = "  ".join(
             f"{name.replace('train/', '')} {float(trainer.callback_metrics[name]):.3f}"
-            for name in ("train/loss", "val/dice")
+            for name in ("train/loss", self._score)
             if name in trainer.callback_metrics
         )
         if self._bar is not None and self._task is not None:

@@ -289,6 +289,7 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
     """
     # Here, not above: reading a checkpoint needs no network, and networks import timm.
     from visattn.networks import create_model
+    from visattn.networks.classifier import create_classifier
 
     arguments = dict(checkpoint.network) | {"pretrained": False}
     name = arguments.pop("name", None)
@@ -297,7 +298,8 @@ def build_network(checkpoint: Checkpoint) -> nn.Module:
     check_arguments(checkpoint.path, arguments)
     try:
         with no_larger_than(checkpoint.state_dict):
-            network: nn.Module = create_model(name, **arguments)
+            create = create_classifier if checkpoint.task == "classification" else create_model
+            network: nn.Module = create(name, **arguments)
         wanted, given = network.state_dict(), checkpoint.state_dict
         missing = sorted(wanted.keys() - given.keys())
         extra = sorted(given.keys() - wanted.keys())

@@ -57,7 +57,9 @@ def write_curves(run_dir: Path | str) -> Path | None:
     run_dir = Path(run_dir)
     series = read_metrics(run_dir / "metrics.csv")
     losses = _present(series, [("train/loss", "training", _BLUE, "-"), ("val/loss", "validation", _VERMILION, "--")])
-    scores = _present(series, [("val/dice", "Dice", _VERMILION, "-"), ("val/iou", "IoU", _PURPLE, "--")])
+    known = [("val/dice", "Dice", _VERMILION, "-"), ("val/iou", "IoU", _PURPLE, "--")]
+    known += [("val/auc", "AUC", _VERMILION, "-"), ("val/acc", "accuracy", _PURPLE, "--")]
+    scores = _present(series, known)
     panels = [(title, lines) for title, lines in (("Loss", losses), ("Validation score", scores)) if lines]
     if not panels:
         return None
@@ -68,7 +70,7 @@ def write_curves(run_dir: Path | str) -> Path | None:
         for values, name, colour, style in lines:
             epochs = sorted(values)
             marker = ("o" if style == "-" else "s") if len(epochs) <= 30 else None
-            best = _best(values) if name == "Dice" else None
+            best = _best(values) if name in ("Dice", "AUC") else None
             label = name if best is None else f"{name}: best {values[best]:.3f}, epoch {best + 1}"
             axes.plot([epoch + 1 for epoch in epochs], [values[epoch] for epoch in epochs], style, color=colour,
                       label=label, marker=marker, markersize=3.5, linewidth=1.8)  # fmt: skip

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,24 +18,24 @@ import yaml
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from visattn import class_results, results
+from visattn.base_task import TrainingTask
 from visattn.callbacks import EpochTable, RandomState, TrainingProgress
 from visattn.checkpoint import load_plain, read_checkpoint
 from visattn.checkpoint_io import AtomicCheckpointIO
 from visattn.errors import UserError
 from visattn.failures import explained
 from visattn.files import remove_leftovers, write_text_atomic
-from visattn.members import parse_checkpoint
 from visattn.recipe_cli import RecipeCLI, parse
-from visattn.results import earlier_masks, start_scoring, write_results
 from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, recipe_of, start_run, write_run
 from visattn.signals import Stopped, StopRequest
 from visattn.space import held, refuse_too_small, refuse_unwritable
 from visattn.survival import Averaging, EpochMeans, StopOnSignal
-from visattn.task import SegmentationTask
 
 __all__ = ["RecipeCLI", "parse", "run_stage"]
 
-MONITOR = "val/dice"
+RESULTS: dict[str, ModuleType] = {"classification": class_results, "segmentation": results}
+"""For each kind of task what makes the results of a scoring: `check_folder`, `start_scoring`, `write_results`."""
 
 
 def run_stage(
@@ -96,7 +97,7 @@ def _told(stop: Stopped) -> int:
     return stop.exit_code
 
 
-def _prepare(cli: RecipeCLI, name: str) -> tuple[SegmentationTask, Any]:
+def _prepare(cli: RecipeCLI, name: str) -> tuple[TrainingTask, Any]:
     task, data = cli.build()
     task.recipe, task.recipe_name, task.data = cli.resolved, name, data
     return task, data
@@ -128,7 +129,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
     first = is_first_process()
     with held(run) if first else nullcontext(), explained(_advice(cli), str(run)):
         if first:
-            earlier_masks(run)  # refuses somebody's own masks/ before the training, not after it
+            RESULTS[task.kind].check_folder(run)  # refuses somebody's own masks/ before the training, not after it
             for folder in (run, run / "checkpoints"):
                 remove_leftovers(folder)
             write_run(run, name)
@@ -138,7 +139,7 @@ def fit(cli: RecipeCLI, name: str, root: Path, run: Path | None, ckpt_path: str 
 
 
 def _train(
-    cli: RecipeCLI, task: SegmentationTask, data: Any, run: Path, checkpoint: Path | None, request: StopRequest
+    cli: RecipeCLI, task: TrainingTask, data: Any, run: Path, checkpoint: Path | None, request: StopRequest
 ) -> int:
     # Two callbacks: Lightning's own save_last renews last.ckpt only when best.ckpt changes. The best comes first, so
     # that last.ckpt knows of it.
@@ -147,7 +148,7 @@ def _train(
         "enable_version_counter": False,
         "save_on_train_epoch_end": True,
     }
-    keep = ModelCheckpoint(filename="best", monitor=MONITOR, mode="max", **where)
+    keep = ModelCheckpoint(filename="best", monitor=task.scores[0], mode="max", **where)
     last = ModelCheckpoint(filename="last", **where)
     stopper = StopOnSignal(request, run / LAST)
     trainer = cli.build_trainer(
@@ -162,8 +163,8 @@ def _train(
             RandomState(int(cli.config.seed_everything)),
             EpochMeans(),  # logs what those below read
             *([Averaging()] if task.average is not None else []),
-            EpochTable(run / "metrics.csv"),
-            TrainingProgress(),
+            EpochTable(run / "metrics.csv", task.scores),
+            TrainingProgress(task.scores[0]),
             stopper,  # saves what those above have done
         ],
     )
@@ -181,9 +182,11 @@ def _train(
                 "Check trainer.max_epochs, check_val_every_n_epoch, limit_val_batches and fast_dev_run."
             )
         best = Path(keep.best_model_path)
-        start_scoring(run, task)
+        RESULTS[task.kind].start_scoring(run, task)
         trainer.validate(task, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
-        report = write_results(run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best))
+        report = RESULTS[task.kind].write_results(
+            run, task, data, split="val", checkpoint=best, seconds=seconds, epoch=_epoch(best)
+        )
     except Stopped as stop:
         stop.add_note(_how_to_continue(run, trainer, stopper.saved))
         _pass_on(stop, trainer, stopper)
@@ -253,17 +256,19 @@ def evaluate(
     if own is not None:
         task.recipe_name = recipe_of(own) or name
     output = (own if own is not None else new_run(root, name)) / stage
-    start_scoring(output, task)
+    RESULTS[task.kind].start_scoring(output, task)
     trainer = cli.build_trainer(
         logger=False, enable_checkpointing=False, enable_model_summary=False, plugins=[AtomicCheckpointIO()],
-        callbacks=[TrainingProgress(), StopOnSignal(request, output / LAST)],
+        callbacks=[TrainingProgress(task.scores[0]), StopOnSignal(request, output / LAST)],
     )  # fmt: skip
     started = time.monotonic()
     loop = trainer.validate if stage == "validate" else trainer.test
     with explained(_advice(cli), str(output)):
         loop(task, datamodule=data, ckpt_path=checkpoint, weights_only=True, verbose=False)
         seconds = time.monotonic() - started
-        write_results(output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint))
+        RESULTS[task.kind].write_results(
+            output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint)
+        )
     if trainer.is_global_zero:
         print(f"results: {output}", file=sys.stderr)
     return 0
@@ -271,24 +276,23 @@ def evaluate(
 
 def _adopt(data: Any, checkpoint: Path | None) -> None:
     """Prepare volumes as they were for the checkpoint, whatever cases there are to learn from today."""
-    if checkpoint is not None and data.preprocessing.rank == 3:
+    if checkpoint is not None and hasattr(data, "adopt"):
         data.adopt(read_checkpoint(checkpoint).preprocessing, str(checkpoint))
 
 
-def _check_weights(task: SegmentationTask, checkpoint: Path) -> None:
+def _check_weights(task: TrainingTask, checkpoint: Path) -> None:
     """Refuse a checkpoint whose labels or weights are not those of the recipe."""
     assert task.network is not None
     content = read_checkpoint(checkpoint)
-    trained = parse_checkpoint(content)[0]
-    # The values in the files may differ (0 and 1, 0 and 255); what the channels mean may not.
-    if (trained.names, trained.regions) != (task.labels.names, task.labels.regions):
+    trained, own = task.meaning_of(content), task.meaning
+    if trained != own:
         raise UserError(
-            f"data.labels: {list(task.labels.names)} are not the labels of {checkpoint}, in their order: "
-            f"{list(trained.names)}.\nIts scores would belong to other classes."
+            f"data.labels: {list(own[0])} are not the labels of {checkpoint}, in their order: "
+            f"{list(trained[0])}.\nIts scores would belong to other classes."
         )
-    given, own = content.state_dict, task.network.state_dict()
-    wrong = [key for key in own if key not in given or given[key].shape != own[key].shape]
-    wrong += [key for key in given if key not in own]
+    given, wanted = content.state_dict, task.network.state_dict()
+    wrong = [key for key in wanted if key not in given or given[key].shape != wanted[key].shape]
+    wrong += [key for key in given if key not in wanted]
     if wrong:
         raise UserError(
             f"--ckpt_path: the network of the recipe is not that of {checkpoint}: {len(wrong)} entries differ "

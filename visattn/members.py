@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from visattn.checkpoint import Checkpoint, build_network, read_checkpoint
+from visattn.class_labels import ClassLabels
+from visattn.data.class_preprocessing import ClassPreprocessing
 from visattn.data.images import Preprocessing
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.errors import UserError, unknown
@@ -73,6 +75,8 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing | Vo
     Raises:
         UserError: One of them makes no sense.
     """
+    if checkpoint.task != "segmentation":
+        raise UserError(f"{checkpoint.path}: its task is '{checkpoint.task}'; masks need a segmentation network.")
     try:
         labels = Labels.from_config(**checkpoint.labels)
         preprocessing, channels = _parse_preprocessing(checkpoint.preprocessing)
@@ -88,8 +92,6 @@ def parse_checkpoint(checkpoint: Checkpoint) -> tuple[Labels, Preprocessing | Vo
             f"{checkpoint.path}: damaged checkpoint: its labels or preprocessing make no sense ({error}).\n"
             "Use another checkpoint of the same run."
         ) from error
-    if checkpoint.task != "segmentation":
-        raise UserError(f"{checkpoint.path}: its task is '{checkpoint.task}'; masks need a segmentation network.")
     return labels, preprocessing, threshold
 
 
@@ -107,6 +109,28 @@ def parse_postprocessing(checkpoint: Checkpoint) -> PostProcessing:
             f"{checkpoint.path}: damaged checkpoint: its post-processing makes no sense ({error}).\n"
             "Use another checkpoint of the same run."
         ) from error
+
+
+def parse_classifier(checkpoint: Checkpoint) -> tuple[ClassLabels, ClassPreprocessing]:
+    """Classes and preprocessing of a classifier's checkpoint.
+
+    Raises:
+        UserError: It is of another task, or one of them makes no sense.
+    """
+    if checkpoint.task != "classification":
+        raise UserError(f"{checkpoint.path}: its task is '{checkpoint.task}'; classes need a classification network.")
+    try:
+        labels = ClassLabels.from_config(**checkpoint.labels)
+        preprocessing = ClassPreprocessing.from_config(checkpoint.preprocessing)
+        for key, expected in {"classes": labels.channels, "in_channels": preprocessing.in_channels}.items():
+            if checkpoint.network.get(key) != expected:
+                raise ValueError(f"network.{key} is {checkpoint.network.get(key)}, not {expected}")
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{checkpoint.path}: damaged checkpoint: its labels or preprocessing make no sense ({error}).\n"
+            "Use another checkpoint of the same run."
+        ) from error
+    return labels, preprocessing
 
 
 def rank_of(checkpoint: Checkpoint) -> int:

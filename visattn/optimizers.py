@@ -4,20 +4,52 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from visattn.errors import UserError, unknown
+from visattn.errors import UserError, did_you_mean, unknown
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+
+
+_SECOND_ORDER = {"adahessian"}  # needs a second backward pass, which no task makes
+
+
+def known_optimizers() -> list[str]:
+    """Names that a recipe may use: torch's three, and those of timm."""
+    import timm.optim
+
+    factory: Any = timm.optim
+    return sorted({*OPTIMIZERS, *factory.list_optimizers()} - _SECOND_ORDER)
+
+
+def _class(name: Any) -> Callable[..., Optimizer]:
+    """The optimiser of that name.
+
+    Raises:
+        UserError: There is none; the nearest is named.
+    """
+    if isinstance(name, str) and name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    if not isinstance(name, str) or name not in known_optimizers():
+        # The usual ones first: timm has a namesake one slip away from each of them.
+        hint = did_you_mean(str(name)[:200], OPTIMIZERS) or did_you_mean(str(name)[:200], known_optimizers())
+        raise UserError(
+            f"unknown optimizer '{str(name)[:200]}'.{hint}\nKnown: {', '.join(sorted(OPTIMIZERS))}, and those of timm "
+            f"({', '.join(known_optimizers()[:12])}, ...)"
+        )
+    import timm.optim
+
+    factory: Any = timm.optim
+    return cast(Callable[..., Optimizer], factory.get_optimizer_class(name, bind_defaults=True))
 
 
 def _keywords(
@@ -33,14 +65,29 @@ def _keywords(
 
 
 def parameter_groups(
-    network: nn.Module, lr: float, weight_decay: float, backbone_lr_factor: float = 1.0
+    network: nn.Module,
+    lr: float,
+    weight_decay: float,
+    backbone_lr_factor: float = 1.0,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameters grouped by learning rate and decay.
 
     Vectors and scalars (biases, norm scales) are not decayed, nor is what a network names in `no_weight_decay()`.
-    Parameters under `backbone.` get `lr * backbone_lr_factor`. Frozen parameters are left out.
+    Parameters under `backbone.` get `lr * backbone_lr_factor`. With `layer_decay` each layer, as the model's
+    `group_matcher` counts them, gets that share of the learning rate of the layer after it. Frozen parameters are left
+    out.
     """
     skip: Iterable[str] = getattr(network, "no_weight_decay", tuple)()
+    if layer_decay is not None:
+        import timm.optim
+
+        factory: Any = timm.optim
+        layers = factory.param_groups_layer_decay(network, weight_decay, tuple(skip), layer_decay=layer_decay)
+        return [
+            {"params": layer["params"], "lr": lr * layer["lr_scale"], "weight_decay": layer["weight_decay"]}
+            for layer in layers
+        ]
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -53,9 +100,7 @@ def parameter_groups(
 def check_optimizer(config: Mapping[str, Any]) -> None:
     """Refuse an unknown optimiser or key before any work is done."""
     name = config.get("name", "adamw")
-    if not isinstance(name, str) or name not in OPTIMIZERS:
-        raise unknown("optimizer", str(name), OPTIMIZERS)
-    keywords = _keywords(OPTIMIZERS[name], config, "model.optimizer", skip=("params", "defaults"))
+    keywords = _keywords(_class(name), config, "model.optimizer", skip=("params", "defaults", "kwargs"))
     for key in ("lr", "weight_decay"):
         if key in keywords and (isinstance(keywords[key], bool) or not isinstance(keywords[key], int | float)):
             raise UserError(f"model.optimizer.{key}: must be a number, got '{keywords[key]}'")
@@ -63,17 +108,19 @@ def check_optimizer(config: Mapping[str, Any]) -> None:
             raise UserError(f"model.optimizer.{key}: must be a finite number >= 0, got {keywords[key]}")
 
 
-def build_optimizer(config: Mapping[str, Any], network: nn.Module, backbone_lr_factor: float = 1.0) -> Optimizer:
+def build_optimizer(
+    config: Mapping[str, Any], network: nn.Module, backbone_lr_factor: float = 1.0, layer_decay: float | None = None
+) -> Optimizer:
     """The optimiser that a recipe's block names, e.g. `{name: adamw, lr: 5e-4, weight_decay: 0.01}`."""
     check_optimizer(config)
     keywords = {key: value for key, value in config.items() if key != "name"}
     lr = keywords.pop("lr", 1e-3)
-    groups = parameter_groups(network, lr, keywords.pop("weight_decay", 0.0), backbone_lr_factor)
+    groups = parameter_groups(network, lr, keywords.pop("weight_decay", 0.0), backbone_lr_factor, layer_decay)
     if not groups:
         raise UserError("model.freeze: every parameter is frozen, nothing is left to train")
     if "betas" in keywords:
         keywords["betas"] = tuple(keywords["betas"])
-    return OPTIMIZERS[config.get("name", "adamw")](groups, lr=lr, **keywords)
+    return _class(config.get("name", "adamw"))(groups, lr=lr, **keywords)
 
 
 def cosine(progress: float, floor: float = 0.0) -> float:
@@ -140,7 +187,8 @@ def build_schedule(
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes that the optimiser's running means will take once it has stepped."""
-    means = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 1
+    one = isinstance(optimizer, torch.optim.SGD)
+    means = 1 if one else 2  # timm's optimisers hold two at most
     return sum(
         p.numel() * p.element_size() * (means + int(group.get("amsgrad", False)))
         for group in optimizer.param_groups

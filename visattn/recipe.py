@@ -18,7 +18,10 @@ from visattn.files import read_small
 from visattn.folds_file import CONFIG, has_folds, read_folds
 from visattn.runs import recipe_of
 
-TASKS = {"SegmentationTask": "visattn.task.SegmentationTask"}
+TASKS = {
+    "ClassificationTask": "visattn.classification.ClassificationTask",
+    "SegmentationTask": "visattn.task.SegmentationTask",
+}
 CALLBACKS = {
     name: f"lightning.pytorch.callbacks.{name}"
     for name in (

@@ -7,6 +7,7 @@ command line).
 
 import re
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from typing import Any, cast
@@ -18,11 +19,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
 
 from visattn import recipe as recipes
+from visattn.base_task import TrainingTask
 from visattn.data import DATA
 from visattn.errors import UserError, did_you_mean, unknown
-from visattn.task import SegmentationTask
 
-MONITORS = ("train/loss", "val/loss", "val/dice", "val/iou")
+MONITORS = ("train/loss", "val/loss")  # besides the scores of the task
 
 
 class RecipeCLI(LightningCLI):
@@ -63,7 +64,7 @@ class RecipeCLI(LightningCLI):
         text = cast(ArgumentParser, self.parser).dump(self.config)
         return cast(dict[str, Any], yaml.safe_load(text))
 
-    def build(self) -> tuple[SegmentationTask, Any]:
+    def build(self) -> tuple[TrainingTask, Any]:
         """The task and the data module, from the classes that the tables name.
 
         Built here and not by jsonargparse, which would bury what their constructors say about a recipe.
@@ -155,10 +156,11 @@ def check_keys(tree: dict[str, Any]) -> None:
         if isinstance(number, int) and number < 1:
             raise UserError(f"trainer.{key}: must be a whole number of at least 1, got {number}")
     recipes.check_keys("trainer", tree.get("trainer") or {}, signature(L.Trainer).parameters)
-    _check_callbacks((tree.get("trainer") or {}).get("callbacks") or [])
+    scores = _named(tree["model"]["class_path"]).scores
+    _check_callbacks((tree.get("trainer") or {}).get("callbacks") or [], (*MONITORS, *scores))
 
 
-def _check_callbacks(given: Any) -> None:
+def _check_callbacks(given: Any, monitors: Sequence[str]) -> None:
     """Refuse keys that a callback does not take, and a monitor that no epoch logs."""
     for index, item in enumerate(given if isinstance(given, list) else [given]):
         where, spec = f"trainer.callbacks[{index}]", item if isinstance(item, dict) else {"class_path": item}
@@ -169,8 +171,8 @@ def _check_callbacks(given: Any) -> None:
         for key, parameter in parameters.items():
             if parameter.default is parameter.empty and key not in arguments and "kwargs" not in key:
                 raise UserError(f"{where}: the key '{key}' is missing from init_args of {name}")
-        if "monitor" in parameters and arguments.get("monitor") not in MONITORS:
-            raise unknown(f"score at {where}.monitor:", str(arguments.get("monitor")), MONITORS)
+        if "monitor" in parameters and arguments.get("monitor") not in monitors:
+            raise unknown(f"score at {where}.monitor:", str(arguments.get("monitor")), monitors)
 
 
 def _shorten(message: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from visattn import NOTICE
+from visattn.base_task import TrainingTask
 from visattn.checkpoint import LIBRARIES
 from visattn.data.cases import PHANTOM
 from visattn.data.volumes import VolumeCase
@@ -51,6 +52,15 @@ def start_scoring(folder: Path, task: SegmentationTask) -> None:
         (folder / _PART).mkdir(parents=True)
     task.suite = "full"
     task.masks = folder / _PART
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a run folder with somebody's own masks in it, before the training and not after it.
+
+    Raises:
+        UserError: `folder/masks` holds files that are not of an earlier scoring.
+    """
+    earlier_masks(folder)
 
 
 def earlier_masks(folder: Path) -> list[Path]:
@@ -114,16 +124,30 @@ def write_results(
     inputs = _put_masks(folder, data.cases[split])
     write_cases(folder / CASES, rows, split)
     summary = {
+        **describe_run(folder, task, data, split, checkpoint, seconds, epoch),
+        "metrics": [asdict(entry) for entry in summarise(rows)],
+        "means": means,
+        "confusion": confusion,
+        "calibration": calibration,
+    }
+    write_summary(folder, summary)
+    write_overlays(folder, rows, {(entry.group, entry.case): entry for entry in inputs}, task.labels)
+    if (folder / "metrics.csv").is_file():
+        write_curves(folder)
+    return write_report(folder)
+
+
+def describe_run(
+    folder: Path, task: TrainingTask, data: Any, split: str, checkpoint: Path, seconds: float, epoch: int
+) -> dict[str, Any]:
+    """What every `summary.json` of a run says besides the scores; arguments as for `write_results`."""
+    return {
         "notice": NOTICE,
         "recipe": task.recipe_name,
         "split": split,
         "cases": len(data.cases[split]),
         "checkpoint": os.path.relpath(checkpoint, folder),
         "best_epoch": epoch,
-        "metrics": [asdict(entry) for entry in summarise(rows)],
-        "means": means,
-        "confusion": confusion,
-        "calibration": calibration,
         "data": {
             "description": data.description,
             "fingerprint": data.fingerprint,
@@ -134,11 +158,6 @@ def write_results(
         "versions": library_versions(LIBRARIES),
         "labels": task.labels.to_config(),
     }
-    write_summary(folder, summary)
-    write_overlays(folder, rows, {(entry.group, entry.case): entry for entry in inputs}, task.labels)
-    if (folder / "metrics.csv").is_file():
-        write_curves(folder)
-    return write_report(folder)
 
 
 def _put_masks(folder: Path, cases: Sequence[Any]) -> list[Input]:

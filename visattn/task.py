@@ -1,31 +1,23 @@
 """The Lightning module that trains, validates and tests a segmentation network."""
 
-import copy
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import lightning as L
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from visattn.checkpoint import KEY, PREFIX, checkpoint_metadata, read_checkpoint
+from visattn.base_task import TrainingTask
+from visattn.checkpoint import Checkpoint
 from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.losses import build_loss
+from visattn.members import parse_checkpoint
 from visattn.metrics import SegmentationMetrics, Suite
 from visattn.networks import check_network, create_model, network_rank
-from visattn.optimizers import build_optimizer, build_schedule, check_optimizer, check_schedule, freeze, state_bytes
-from visattn.runs import is_first_process
-from visattn.scoring import THRESHOLD, score_images, score_volumes
-
-RAW = "visattn_raw"  # entry of the .ckpt with the weights that training goes on from, where state_dict is their average
+from visattn.postprocessing import PostProcessing, check_postprocessing
+from visattn.scoring import score_images, score_volumes
 
 
-class SegmentationTask(L.LightningModule):
+class SegmentationTask(TrainingTask):
     """Trains a segmentation network and scores it at each image's own size.
 
     The network gets its input channels and classes from the data module's labels, so one recipe block serves any label
@@ -46,7 +38,12 @@ class SegmentationTask(L.LightningModule):
             average is what is validated, saved as the network and used by `predict`; the raw weights ride along in
             the checkpoint for continuing. null: no average.
         compile: Speed the network up with `torch.compile`; checkpoints stay as they are.
+        postprocess: What is done to a mask before it is scored or written: names (keep_largest, remove_small,
+            fill_holes), or mappings with a name and its arguments, as `{name: remove_small, ml: 0.1}`.
     """
+
+    kind: ClassVar[str] = "segmentation"
+    scores: ClassVar[tuple[str, ...]] = ("val/dice", "val/iou")
 
     def __init__(
         self,
@@ -59,40 +56,44 @@ class SegmentationTask(L.LightningModule):
         backbone_lr_factor: float = 1.0,
         ema: float | None = None,
         compile: bool = False,  # noqa: A002 (the recipe's key; the built-in is not needed here)
+        postprocess: list[dict[str, Any] | str] | None = None,
     ) -> None:
-        super().__init__()
         check_network(network)
-        check_optimizer(optimizer)
-        check_schedule(schedule or {"name": "constant"})
-        _try_values(optimizer, schedule, backbone_lr_factor)
-        if ema is not None and not 0 < ema < 1:
-            raise UserError(f"model.ema: must lie between 0 and 1, such as 0.999, or be null; got {ema}")
-        if init_from is not None and not Path(init_from).is_file():
-            raise UserError(f"model.init_from: no such file: {init_from}")
-        self.config: dict[str, Any] = {
-            "network": dict(network),
-            "loss": dict(loss),
-            "optimizer": dict(optimizer),
-            "schedule": dict(schedule) if schedule else None,
-        }
-        self.init_from = init_from
-        self.freeze_patterns = list(freeze or [])
-        self.backbone_lr_factor = backbone_lr_factor
-        self.ema = ema
-        self.compiled = compile
-        self.average: WeightAverage | None = None
-        self.recipe: dict[str, Any] = {}  # the resolved recipe, set by fit; rides in the checkpoint
-        self.recipe_name = ""
-        self.data: Any = None  # the data module, set by fit: labels and preprocessing decide the network's ends
+        check_postprocessing(postprocess)
+        super().__init__(
+            network=network,
+            loss=loss,
+            optimizer=optimizer,
+            schedule=schedule,
+            init_from=init_from,
+            freeze=freeze,
+            backbone_lr_factor=backbone_lr_factor,
+            ema=ema,
+            compile=compile,
+        )
         self.suite: Suite = "headline"
+        self._postprocess = postprocess
+        self.postprocessing: PostProcessing | None = None
         self.masks: Path | None = None  # where the masks of a full scoring are written, set by results
-        self.network: nn.Module | None = None
-        self.validation_metrics: SegmentationMetrics | None = None
 
     @property
     def labels(self) -> Labels:
         """The label map of the data module."""
         return cast(Labels, self.data.labels)
+
+    @property
+    def meaning(self) -> tuple[Any, ...]:
+        """Names of the labels, and the regions. The values in the files may differ (0 and 1, 0 and 255)."""
+        return self.labels.names, self.labels.regions
+
+    def meaning_of(self, checkpoint: Checkpoint) -> tuple[Any, ...]:
+        """The same of a checkpoint.
+
+        Raises:
+            UserError: It is of another task, or damaged.
+        """
+        labels = parse_checkpoint(checkpoint)[0]
+        return labels.names, labels.regions
 
     def network_arguments(self) -> dict[str, Any]:
         """Arguments of `create_model` that rebuild the network without downloading anything."""
@@ -104,81 +105,23 @@ class SegmentationTask(L.LightningModule):
             "activation": self.labels.activation,
         }
 
-    def configure_model(self) -> None:
-        """Build the network and the loss from the recipe and the data module's labels (once)."""
-        if self.network is not None:
-            return
+    def build(self, pretrained: bool | str) -> nn.Module:
+        """The network, the loss and the metrics, from the recipe and the data module's labels."""
         self._check_rank()
+        rank = self.data.preprocessing.rank
+        self.postprocessing = PostProcessing.from_config(self._postprocess, self.labels, rank)
+        self.steps = self.postprocessing.to_config()
         self.loss = build_loss(self.config["loss"], self.labels)
-        pretrained = self.config["network"].get("pretrained", False) if self.init_from is None else False
-        self.network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
-        names = getattr(self.network, "output_names", ("logits",))
+        network = create_model(**{**self.network_arguments(), "pretrained": pretrained})
+        names = getattr(network, "output_names", ("logits",))
         weights = self.config["loss"].get("deep_supervision")
         if isinstance(weights, list) and len(weights) != len(names):
             raise UserError(
                 f"model.loss.deep_supervision: has {len(weights)} weights for the {len(names)} maps of the network: "
                 f"{', '.join(names)}"
             )
-        if self.init_from is not None:
-            _tell(initialise_from(self.network, self.init_from))
-        frozen = freeze(self.network, self.freeze_patterns)
-        if frozen:
-            _tell(f"frozen: {len(frozen)} parameter tensors")
         self.validation_metrics = SegmentationMetrics(self.labels)
-        if self.ema is not None:
-            self.average = WeightAverage(self.network, self.ema)
-        if self.data.preprocessing.rank == 3:
-            self.network.to(memory_format=torch.channels_last_3d)  # half the time on matrix units
-        if self.compiled:
-            self.network.compile()  # in place: no wrapper, so the names of the weights stay
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The recipe's optimiser with its schedule, advanced every optimiser step."""
-        assert self.network is not None
-        optimizer = build_optimizer(self.config["optimizer"], self.network, self.backbone_lr_factor)
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("trainer.max_epochs: -1 has no end, which a schedule counts towards; give a number")
-        total = int(steps)
-        per_epoch = total / max(self.trainer.max_epochs or 1, 1)
-        schedule = build_schedule(self.config["schedule"], optimizer, total, per_epoch)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint will be: weights, their average, and the optimiser's means."""
-        assert self.network is not None
-        weights = sum(int(value.numel() * value.element_size()) for value in self.network.state_dict().values())
-        optimizer = build_optimizer(self.config["optimizer"], self.network, self.backbone_lr_factor)
-        return weights * (2 if self.ema is not None else 1) + state_bytes(optimizer)
-
-    def forward(self, images: Tensor) -> Any:
-        """Logits of the network: `(B, C, H, W)` to `(B, classes, H, W)`, or a tuple of maps, prediction first."""
-        assert self.network is not None
-        if self.average is not None and not self.training:
-            return self.average.network(images)
-        return self.network(images)
-
-    def training_step(self, batch: dict[str, Any], batch_index: int) -> dict[str, Tensor]:
-        """Mean loss of one batch; a non-finite loss stops the run naming step and files."""
-        loss = cast(Tensor, self.loss(self(batch["image"]), batch["target"]))
-        if not torch.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss.item()} at epoch {self.current_epoch}, step {self.global_step}.\n"
-                f"Cases of the batch: {', '.join(batch['case'][:4])}{', ...' if len(batch['case']) > 4 else ''}\n"
-                "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true."
-            )
-        # Under `mean` as it is, for the mean of the epoch: Lightning divides `loss` by the accumulated batches.
-        return {"loss": loss, "mean": loss.detach()}
-
-    def on_fit_start(self) -> None:
-        """Bring the average to the device of the weights."""
-        if self.average is not None:
-            self.average.network.to(self.device)
-
-    def average_weights(self) -> None:
-        """Move the average towards the weights; called after every optimiser step."""
-        if self.average is not None and self.network is not None:
-            self.average.update(self.network, self.global_step)
+        return network
 
     def validation_step(self, batch: dict[str, Any], batch_index: int) -> None:
         """Loss at the network's size, metrics at each image's own size."""
@@ -195,10 +138,11 @@ class SegmentationTask(L.LightningModule):
         volumes = self.data.preprocessing.rank == 3
         if volumes:
             loss, outcomes = score_volumes(
-                self, self.loss, batch, self.labels, self.device, self.data.window, self.data.batch_size
-            )
+                self, self.loss, batch, self.labels, self.device, self.data.window, self.data.batch_size,
+                self.postprocessing,
+            )  # fmt: skip
         else:
-            loss, outcomes = score_images(self, self.loss, batch, self.labels, self.device)
+            loss, outcomes = score_images(self, self.loss, batch, self.labels, self.device, self.postprocessing)
         suite: Suite = "volume" if volumes and self.suite == "full" else self.suite
         for one in outcomes:
             self.validation_metrics.update(
@@ -234,99 +178,3 @@ class SegmentationTask(L.LightningModule):
         means = self.validation_metrics.compute()
         for name in ("dice", "iou"):
             self.log(f"val/{name}", means[f"mean/{name}"], prog_bar=True, sync_dist=True)  # equal everywhere
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Everything that `predict` needs rides in the checkpoint, as plain values; its network is the average."""
-        checkpoint[KEY] = checkpoint_metadata(
-            recipe=copy.deepcopy(self.recipe),
-            labels=self.labels.to_config(),
-            preprocessing=self.data.preprocessing.to_config(),
-            network=self.network_arguments(),
-            data={"description": self.data.description, "fingerprint": self.data.fingerprint},
-            threshold=THRESHOLD,
-        )
-        if self.average is not None:
-            weights = checkpoint["state_dict"]
-            checkpoint[RAW] = {key: value for key, value in weights.items() if key.startswith(PREFIX)}
-            average = {PREFIX + key: value for key, value in self.average.network.state_dict().items()}
-            checkpoint["state_dict"] = {**weights, **average}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """To train on, the raw weights and the average; to score, the average alone."""
-        if self.trainer.state.fn != TrainerFn.FITTING:
-            self.average = None
-            return
-        weights = checkpoint["state_dict"]
-        if self.average is not None:
-            own = {key.removeprefix(PREFIX): value for key, value in weights.items() if key.startswith(PREFIX)}
-            self.average.network.load_state_dict(own)
-        checkpoint["state_dict"] = {**weights, **checkpoint.get(RAW, {})}
-
-
-class WeightAverage:
-    """An exponential moving average of a network's weights and running statistics. Not a module of the task's.
-
-    Args:
-        network: What is averaged; the average starts as a copy.
-        decay: Share that the average keeps at each step. The first steps keep less, (1 + step) / (10 + step), so that a
-            short training does not end on an average of its beginning.
-    """
-
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Move towards `network` after optimiser step number `step`, counted from 1."""
-        keep = min(self.decay, (1 + step) / (10 + step))
-        own = self.network.state_dict()
-        for key, value in network.state_dict().items():
-            if value.is_floating_point():
-                own[key].lerp_(value.to(own[key].dtype), 1 - keep)
-            else:  # a count of batches
-                own[key].copy_(value)
-
-
-def _try_values(optimizer: dict[str, Any], schedule: dict[str, Any] | None, backbone_lr_factor: float) -> None:
-    """Build optimiser and schedule for one weight, so that a value that torch refuses is told at once."""
-    if not 0 <= backbone_lr_factor < float("inf"):
-        raise UserError(f"model.backbone_lr_factor: must be a number >= 0, got {backbone_lr_factor}")
-    try:
-        # zeros: drawing weights would move the generator that the network's own are drawn from
-        trial = build_optimizer(optimizer, nn.ParameterList([torch.zeros(1, 1)]))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.optimizer: {str(error).splitlines()[0]}") from error
-    try:
-        build_schedule({**(schedule or {}), "warmup_epochs": 0}, trial, 1, 1.0)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.schedule: {str(error).splitlines()[0]}") from error
-
-
-def _tell(text: str) -> None:
-    if is_first_process():
-        print(text, file=sys.stderr)
-
-
-def initialise_from(network: nn.Module, path: str) -> str:
-    """Copy the weights of the visattn checkpoint at `path` into `network` where name and shape agree.
-
-    Returns:
-        What was loaded, skipped and left as initialised, for the user to read.
-
-    Raises:
-        UserError: nothing fits.
-    """
-    given: Mapping[str, Tensor] = read_checkpoint(path).state_dict
-    own = network.state_dict()
-    loaded = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
-    if not any(key for key in loaded if own[key].ndim > 1):
-        raise UserError(f"model.init_from: no weight of {path} fits this network; is it another architecture?")
-    network.load_state_dict({**own, **loaded})
-    fresh = [key for key in own if key not in loaded]
-    skipped = [key for key in given if key not in loaded]
-    lines = [f"init_from {path}: loaded {len(loaded)} of {len(own)} entries"]
-    for title, keys in (("re-initialised", fresh), ("skipped", skipped)):
-        if keys:
-            lines.append(f"  {title} ({len(keys)}): {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}")
-    return "\n".join(lines)

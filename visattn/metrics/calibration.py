@@ -15,6 +15,7 @@ Most pixels of most images are background that is easily told, which makes the E
 more.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,11 +56,20 @@ def count_bins(probabilities: NDArray[np.floating[Any]], truth: NDArray[np.integ
         probability = probabilities[channel][valid]
         if probability.size and not (probability.min() >= 0 and probability.max() <= 1):  # NaN fails too
             raise ValueError(f"a probability of '{labels.foreground[index]}' is not in 0..1")
-        bins = np.minimum((probability * BINS).astype(np.int64), BINS - 1)
-        sums[index, :, 0] = np.bincount(bins, minlength=BINS)
-        sums[index, :, 1] = np.bincount(bins, probability, minlength=BINS)  # added up in float64
-        sums[index, :, 2] = np.bincount(bins[true[channel][valid]], minlength=BINS)
+        sums[index] = sum_bins(probability, true[channel][valid])
     return sums
+
+
+def bins_of(probability: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
+    """The bin of each probability."""
+    return np.minimum((probability * BINS).astype(np.int64), BINS - 1)
+
+
+def sum_bins(probability: NDArray[np.floating[Any]], true: NDArray[np.bool_]) -> Sums:
+    """Sort probabilities (N,) of what is truly so (N,) or not into bins: (`BINS`, 3), as `count_bins` has it."""
+    bins = bins_of(probability)
+    counts = [np.bincount(bins, minlength=BINS), np.bincount(bins, probability, minlength=BINS)]  # added up in float64
+    return np.stack([*counts, np.bincount(bins[true], minlength=BINS)], axis=1).astype(np.float64)
 
 
 def describe_calibration(sums: Sums, labels: "Labels") -> dict[str, dict[str, Any]]:
@@ -69,8 +79,13 @@ def describe_calibration(sums: Sums, labels: "Labels") -> dict[str, dict[str, An
         For each foreground class `confidence`, `frequency` (None in an empty bin) and `count`, each of `BINS` values,
         and `ece`, None if no pixel was counted.
     """
+    return describe_bins(dict(zip(labels.foreground, sums, strict=True)))
+
+
+def describe_bins(sums: Mapping[str, Sums]) -> dict[str, dict[str, Any]]:
+    """Bins (`BINS`, 3) by name as `describe_calibration` gives them."""
     result: dict[str, dict[str, Any]] = {}
-    for name, of_class in zip(labels.foreground, sums, strict=True):
+    for name, of_class in sums.items():
         count, confidence, hits = of_class.T
         total = float(count.sum())
         filled = count > 0

@@ -8,7 +8,7 @@ Phi(-sqrt(G / (G - 1)) t_{1 - alpha/2, G - 1}) for G groups.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,46 @@ def mean_of_means(values: NDArray[np.float64]) -> float:
     counts = (~np.isnan(values)).sum(axis=0)
     sums = np.nansum(values, axis=0)
     return float(np.mean(sums[counts > 0] / counts[counts > 0])) if counts.any() else math.nan
+
+
+def resample_interval(
+    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    groups: Sequence[Hashable],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+    chunk: int = 64,
+) -> NDArray[np.float64]:
+    """Confidence intervals of measures that are no means over cases, by the same bootstrap over groups.
+
+    Args:
+        statistic: How often each case was drawn, (m, cases), to the measures of these m draws (m, K); NaN where a draw
+            does not define one.
+        groups: The group of each case.
+        n: Number of resamples.
+        seed: Of the draws.
+        level: Coverage aimed at.
+        chunk: Draws in a call.
+
+    Returns:
+        Lower and upper ends (K, 2); NaN with fewer than two groups, and for a measure that most draws do not define.
+    """
+    index = _indices(groups)
+    total = int(index.max(initial=-1)) + 1
+    generator = np.random.default_rng(seed)
+    parts = []
+    for start in range(0, n, chunk):
+        drawn = generator.integers(0, total, (min(chunk, n - start), total)) if total else np.zeros((1, 0), np.int64)
+        times = np.zeros((len(drawn), total))
+        np.add.at(times, (np.arange(len(drawn))[:, None], drawn), 1.0)
+        parts.append(statistic(times[:, index]))
+    values = np.concatenate(parts)
+    ends = np.full((values.shape[1], 2), math.nan)
+    for column, of_measure in enumerate(values.T):
+        defined = of_measure[~np.isnan(of_measure)]
+        if 2 * len(defined) > n:
+            ends[column] = _interval(defined, total, level)
+    return ends
 
 
 def _resampled_means(

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from visattn.labels import Labels
 from visattn.metrics.calibration import BINS, Sums, count_bins, describe_calibration
 from visattn.metrics.cases import METRICS, NSD_TOLERANCE, SUITES, CaseRow, Suite, score_case
+from visattn.metrics.collected import CaseMetric
 from visattn.metrics.confusion import Counts, confusion_shape, count_confusion, describe_confusion
 from visattn.metrics.intervals import mean_of_means
 from visattn.metrics.lesions import DETAILS, RULE, LesionRule
@@ -21,16 +21,11 @@ from visattn.metrics.lesions import DETAILS, RULE, LesionRule
 _COLUMNS = (*METRICS, *DETAILS)
 
 
-class SegmentationMetrics(Metric):
+class SegmentationMetrics(CaseMetric):
     """Collects the scores of cases and averages them.
 
-    Every case's own values travel between processes, not sums, so that a case which a distributed sampler repeated to
-    fill its last batch counts once: cases are told apart by name and group together. All processes get the same result.
-
-    The states are flat integer tensors, which every backend can gather at any length: names as UTF-8 bytes, numbers as
-    the bits of float64, since not every device has that type. In the suites "full" and "volume" the confusion matrix of
-    each case (only the cells that are not zero, since a case seldom holds all of many classes) is kept too, and its
-    calibration bins.
+    In the suites "full" and "volume" the confusion matrix of each case (only the cells that are not zero, since a case
+    seldom holds all of many classes) is kept too, and its calibration bins.
 
     Args:
         labels: The label map; one set of scores for each of `labels.foreground`.
@@ -43,10 +38,6 @@ class SegmentationMetrics(Metric):
         ValueError: A class is called "mean", which is the key of the means over classes.
     """
 
-    is_differentiable = False
-    full_state_update = False
-
-    names: list[Tensor]
     records: list[Tensor]
     pixels: list[Tensor]
 
@@ -58,14 +49,10 @@ class SegmentationMetrics(Metric):
         lesions: LesionRule = RULE,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__("records", "pixels", **kwargs)
         if "mean" in labels.foreground:
             raise ValueError("a class cannot be called 'mean': that is the name of the mean over classes")
         self.labels, self.suite, self.nsd_tolerance, self.lesions = labels, suite, nsd_tolerance, lesions
-        self.add_state("names", [], dist_reduce_fx="cat")
-        self.add_state("records", [], dist_reduce_fx="cat")
-        self.add_state("pixels", [], dist_reduce_fx="cat")
-        self._add_empty()
 
     def update(
         self,
@@ -120,8 +107,7 @@ class SegmentationMetrics(Metric):
             if probabilities is not None:  # a mask alone says nothing about how sure it was
                 bins = count_bins(probabilities, truth, self.labels).view(np.int64).ravel()
         pixels = np.concatenate([[len(cells), len(bins)], cells.ravel(), bins])
-        text = f"{case}\0{group}\0".encode()
-        self.names.append(torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device))
+        self.add_name(case, group)
         self.records.append(torch.from_numpy(record).to(self.device))
         self.pixels.append(torch.from_numpy(pixels).to(self.device))
 
@@ -190,27 +176,10 @@ class SegmentationMetrics(Metric):
         _, sums = self._pixels()
         return {} if sums is None else describe_calibration(sums, self.labels)
 
-    def reset(self) -> None:
-        """Forget all cases."""
-        super().reset()
-        self._add_empty()
-
-    def _add_empty(self) -> None:
-        # torchmetrics gathers a float tensor from a process that saw no case, which the others' integers cannot join.
-        self.names.append(torch.empty(0, dtype=torch.uint8, device=self.device))
-        self.records.append(torch.empty(0, dtype=torch.int64, device=self.device))
-        self.pixels.append(torch.empty(0, dtype=torch.int64, device=self.device))
-
-    def _keys(self) -> tuple[list[tuple[str, str]], dict[tuple[str, str], int]]:
-        """Name and group of each entry, and for each of them the number of its first entry: a repetition is no case."""
-        texts = bytes(dim_zero_cat(self.names).cpu().numpy()).decode().split("\0")[:-1]
-        keys = list(zip(texts[::2], texts[1::2], strict=True))
-        return keys, {key: index for index, key in reversed(list(enumerate(keys)))}
-
     def _pixels(self) -> tuple[Counts | None, Sums | None]:
         """Sums over cases, each once: confusion counts and calibration bins; None of what no case has."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, distributed_available=self.distributed_available_fn):
-            keys, once = self._keys()
+            keys, once = self.keys()
             stream = dim_zero_cat(self.pixels).cpu().numpy()
         starts, position = [], 0
         for _ in keys:
@@ -232,7 +201,7 @@ class SegmentationMetrics(Metric):
 
     def _gathered(self) -> tuple[list[tuple[str, str]], NDArray[np.float64], NDArray[np.float64], Suite]:
         """Name and group, values (cases, classes, measures), curves (cases, classes, 256); by name, each case once."""
-        keys, once = self._keys()
+        keys, once = self.keys()
         classes = len(self.labels.foreground)
         width = classes * len(_COLUMNS)
         records = dim_zero_cat(self.records).cpu().numpy().reshape(len(keys), 1 + width + classes * 128)

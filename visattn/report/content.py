@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from visattn import NOTICE, __version__
-from visattn.curves import read_metrics
 from visattn.errors import UserError
 from visattn.files import write_bytes_atomic
 from visattn.folds_file import has_folds, read_folds
@@ -19,16 +17,15 @@ from visattn.labels import Labels
 from visattn.metrics import METRICS, Detection, Summary, detections, metrics_of, summarise
 from visattn.metrics.lesions import PATIENT_DICE, RULE
 from visattn.overlay import CLASSES
+from visattn.report.classes import class_context
 from visattn.report.page import page_environment, picture_uri, score
-from visattn.report.pixels import Calibration, Confusion, read_calibration, read_confusion
+from visattn.report.shared import CAPTION, shared_context
 from visattn.scored import AGAIN, CASES, SUMMARY, Row, read_cases, read_summary, safe_name
 
 KINDS = {"worst": "Lowest Dice", "median": "In the middle", "best": "Highest Dice"}
 BINS = 20
-CAPTION = 6  # classes whose scores stand below a picture
 LOW = 0.5  # a Dice below it is called out
 SPLITS = {"val": "validation", "test": "test", "train": "training"}
-STAGES = ("validate", "test")  # folders of evaluations within a run folder
 
 
 @dataclass(frozen=True)
@@ -106,61 +103,35 @@ def write_report(run_dir: Path | str) -> Path | None:
         return None
     summary = read_summary(run_dir / SUMMARY) if (run_dir / SUMMARY).is_file() else {}
     rows = read_cases(run_dir / CASES) if (run_dir / CASES).is_file() else []
-    about = summary.get("data")
-    data = {"description": "", "fingerprint": "", "counts": {}} | (about if isinstance(about, dict) else {})
-    config = run_dir / "config.yaml"
-    curves = run_dir / "curves.png"
-    epochs = read_metrics(run_dir / "metrics.csv").get("epoch", {})
-    labels = _labels(summary)
-    rules = _rules(summary)
-    volumes = bool(rows) and "volume_error" in rows[0]
-    confusion, calibration = _pixels(summary, run_dir / SUMMARY)
-    content = environment.get_template("report.html").render(
-        notice=NOTICE,
-        version=__version__,
-        kind="report",
-        title=_title(summary, run_dir),
-        folder=_place(run_dir),
-        evaluated=summary.get("prediction") is not None,
-        trained=bool(summary.get("checkpoint") or summary.get("folds")),
-        sections=[_section(split, of_split, rules) for split, of_split in _by_split(rows).items()],
-        metrics=metrics_of(rows[0] if rows else ()),
-        rules=rules,
-        volumes=volumes,
-        thing="volume" if volumes else "area",
-        bins=BINS,
-        threshold=LOW,
-        confusion=confusion,
-        calibration=calibration,
-        folds=_folds(run_dir),
-        facts=_facts(summary, epochs),
-        data=data,
-        labels=labels,
-        colours=_colours(labels),
-        phantom="phantom" in str(data["description"]).lower(),
-        versions=summary.get("versions") if isinstance(summary.get("versions"), dict) else {},
-        curves=picture_uri(curves, photograph=False) if curves.is_file() else None,
-        overlays=_overlays(run_dir / "overlays", rows),
-        kinds=KINDS,
-        recipe=config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None,
-    )  # fmt: skip
+    if summary.get("task") == "classification":
+        name, context = "classification.html", class_context(summary, rows)
+    else:
+        name, context = "report.html", _context(run_dir, summary, rows)
+    content = environment.get_template(name).render(**shared_context(run_dir, summary), **context)
     path = run_dir / "report.html"
     write_bytes_atomic(path, content.encode("utf-8", "backslashreplace"))
     return path
 
 
-def _title(summary: Mapping[str, Any], run_dir: Path) -> str:
-    if summary.get("recipe"):
-        return str(summary["recipe"])
-    if isinstance(summary.get("prediction"), str):
-        path = Path(summary["prediction"])
-        return "/".join(path.parts[-2:]) if path.name == "masks" else path.name  # every run has its masks/
-    return run_dir.resolve().name
-
-
-def _place(run_dir: Path) -> str:
-    path = run_dir.resolve()
-    return f"{path.parent.name}/{path.name}" if path.name in STAGES else path.name
+def _context(run_dir: Path, summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """What the page of a segmentation shows besides what every page does."""
+    labels, rules = _labels(summary), _rules(summary)
+    volumes = bool(rows) and "volume_error" in rows[0]
+    return {
+        "sections": [_section(split, of_split, rules) for split, of_split in _by_split(rows).items()],
+        "metrics": metrics_of(rows[0] if rows else ()),
+        "rules": rules,
+        "volumes": volumes,
+        "thing": "volume" if volumes else "area",
+        "bins": BINS,
+        "threshold": LOW,
+        "counted": "pixels",
+        "folds": _folds(run_dir),
+        "labels": labels,
+        "colours": _colours(labels),
+        "overlays": _overlays(run_dir / "overlays", rows),
+        "kinds": KINDS,
+    }
 
 
 def _labels(summary: Mapping[str, Any]) -> Labels | None:
@@ -194,16 +165,6 @@ def _colours(labels: Labels | None) -> list[tuple[str, str]]:
     ]
 
 
-def _pixels(summary: Mapping[str, Any], path: Path) -> tuple[Confusion | None, Calibration | None]:
-    try:
-        return (
-            read_confusion(summary["confusion"]) if summary.get("confusion") else None,
-            read_calibration(summary["calibration"]) if summary.get("calibration") else None,
-        )
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: confusion or calibration has another form: {error}.\n{AGAIN}") from error
-
-
 def _folds(run_dir: Path) -> list[Fold]:
     if not has_folds(run_dir):
         return []
@@ -225,13 +186,6 @@ def _summarised(rows: Sequence[Row]) -> list[Summary]:
         return summarise(rows)
     except ValueError as error:
         raise UserError(f"{CASES}: {error}.\n{AGAIN}") from error
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _by_split(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -277,31 +231,6 @@ def _low(rows: Sequence[Row]) -> tuple[int, int]:
         if np.isfinite(dice):
             scores.setdefault((row["group"], row["case"]), []).append(dice)
     return sum(float(np.mean(values)) < LOW for values in scores.values()), len(scores)
-
-
-def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str, str]:
-    facts: dict[str, str] = {}
-    for key, name in (("prediction", "Predicted masks"), ("truth", "True masks")):
-        if summary.get(key):
-            facts[name] = str(summary[key])
-    for key, name in (("missing", "Without prediction, counted as misses"), ("extra", "Without truth, not scored")):
-        names = summary.get(key)
-        if isinstance(names, list) and names:
-            facts[name] = (
-                f"{len(names)}: {', '.join(map(str, names[:CAPTION]))}{', ...' if len(names) > CAPTION else ''}"
-            )
-    if summary.get("group_by"):
-        facts["Grouped by"] = str(summary["group_by"])
-    if summary.get("checkpoint"):
-        facts["Checkpoint"] = str(summary["checkpoint"])
-    best = summary.get("best_epoch")
-    if isinstance(best, int):
-        facts["Its epoch"] = f"{best + 1} of {max(len(epochs), best + 1)}" if epochs else str(best + 1)
-    if isinstance(summary.get("seconds"), int | float):
-        facts["Duration"] = _duration(summary["seconds"])
-    if summary.get("hardware"):
-        facts["Hardware"] = str(summary["hardware"])
-    return facts
 
 
 def _overlays(folder: Path, rows: Sequence[Row]) -> dict[str, list[Overlay]]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from visattn.metrics import METRICS, Summary, digits
+from visattn.metrics.classes import CLASS_METRICS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -50,7 +51,7 @@ def score(value: float | None, unit: str = "") -> str:
 
 def interval(entry: Summary) -> str:
     """The interval of a measure, or a dash."""
-    places = digits(METRICS[entry.metric].unit, 3)
+    places = digits({**METRICS, **CLASS_METRICS}[entry.metric].unit, 3)
     if not (math.isfinite(entry.low) and math.isfinite(entry.high)):
         return "\u2013"
     return f"{entry.low:.{places}f}\u2009\u2013\u2009{entry.high:.{places}f}"

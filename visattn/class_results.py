@@ -1,0 +1,72 @@
+"""What a finished run of a classifier leaves for people: the table of cases, the summary, curves and the report."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from visattn.class_scored import case_rows
+from visattn.classification import ClassificationTask
+from visattn.report import write_curves, write_report
+from visattn.results import describe_run
+from visattn.runs import is_first_process
+from visattn.scored import CASES, Input, write_cases, write_inputs, write_summary
+
+
+def check_folder(folder: Path) -> None:
+    """Nothing of somebody else's would be replaced in a run folder: all our files have names of their own."""
+
+
+def start_scoring(folder: Path, task: ClassificationTask) -> None:
+    """Make the next validation or test a scoring, whose results `write_results` puts into `folder`."""
+    task.full = True
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_results(
+    folder: Path,
+    task: ClassificationTask,
+    data: Any,
+    split: str,
+    checkpoint: Path,
+    seconds: float,
+    epoch: int,
+) -> Path | None:
+    """Write `cases.csv`, `summary.json`, `inputs.json`, `curves.png` and `report.html`.
+
+    Every process of a distributed run calls this, since the cases are gathered; the first one writes.
+
+    Args:
+        folder: The run folder, or the folder of one evaluation.
+        task: Has just validated or tested after `start_scoring`.
+        data: The data module.
+        split: `val` or `test`.
+        checkpoint: The weights that were scored.
+        seconds: How long the training or evaluation took.
+        epoch: Epoch of the checkpoint, counted from 0.
+
+    Returns:
+        The report, or None where this process writes nothing or the extra `report` is not installed.
+    """
+    keys, table = task.validation_metrics.table()
+    if not is_first_process():
+        return None
+    write_cases(folder / CASES, case_rows(keys, table), split)
+    by_name = {(case.group, case.name): case for case in data.cases[split]}
+    inputs = []
+    for name, group in keys:
+        case = by_name[group, name]
+        inputs.append(Input(case=name, group=group, root=case.root, image=case.image, truth=None, prediction=None))
+    write_inputs(folder, inputs)
+    summary = {
+        **describe_run(folder, task, data, split, checkpoint, seconds, epoch),
+        "task": task.kind,
+        "metrics": [asdict(entry) for entry in table.summarise()],
+        "means": table.means(),
+        "confusion": table.confusion(),
+        "calibration": table.calibration(),
+    }
+    write_summary(folder, summary)
+    if (folder / "metrics.csv").is_file():
+        write_curves(folder)
+    return write_report(folder)

@@ -1,0 +1,245 @@
+"""The data module for images with classes: a folder for each class, or a table of files."""
+
+import csv
+import hashlib
+import io
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visattn.class_labels import ClassLabels
+from visattn.data.cases import PHANTOM, fingerprint_of, raise_problems
+from visattn.data.class_module import ClassDataModule, LabelledCase, read_statistics
+from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
+from visattn.data.class_preprocessing import ClassPreprocessing, read_size
+from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, image_size, read_image
+from visattn.data.splits import PARTS, find_groups
+from visattn.errors import UserError, nearest, unknown
+from visattn.files import read_small, walk_files
+
+MOST_DECODED = 20_000
+"""Up to so many images are decoded before training starts; of more only the headers are read, which the log says."""
+
+_PHANTOM_SIDE = 96
+_COLUMNS = ("image", "label", "group", "part")
+_log = logging.getLogger(__name__)
+
+
+class ImageFolder(ClassDataModule):
+    """Images with classes: `root/CLASS/...`, or `root/train/CLASS/...` with `val/` and `test/`, or a table.
+
+    Args:
+        root: A folder; or a .csv file with the columns image (relative to the table) and label, and if wanted group
+            (patient) and part (train, val, test); or the word phantom.
+        labels: Names of the classes in the order of the outputs; by default all that there are, sorted.
+        multi_label: Whether an image may have several classes: then label holds them with | between, or nothing.
+        size: Side of the square, or height and width, in pixels that images are resized to.
+        crop: Share of the largest centred rectangle that validation keeps, as 0.875; null: the whole image.
+        split: Shares and groups: val, test, group_by, folds, fold, files. null: as folders or table say; where they
+            name no validation cases, a tenth of the training groups.
+        augment: Names, or mappings with a name and its arguments.
+        batch_size: Images per device and step.
+        channels: 3 for colour, 1 for grey.
+        mean: Subtracted per channel after scaling to 0..1; by default ImageNet's.
+        std: Divided by per channel; by default ImageNet's.
+        num_workers: Processes that load data; by default one per free core, at most 8.
+        seed: Of split, order and augmentation.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        labels: list[str] | None = None,
+        multi_label: bool = False,
+        size: int | list[int] = 224,
+        crop: float | None = None,
+        split: dict[str, Any] | None = None,
+        augment: list[dict[str, Any] | str] | None = None,
+        batch_size: int = 32,
+        channels: Literal[1, 3] = 3,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            preprocessing=ClassPreprocessing(
+                read_size(size, 2),
+                read_statistics("mean", mean, IMAGENET_MEAN, channels),
+                read_statistics("std", std, IMAGENET_STD, channels),
+                crop,
+            ),
+            augment=augment,
+            batch_size=batch_size,
+            split=split,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        self.root = root
+        self.channels: Literal[1, 3] = channels
+        self.multi_label = multi_label
+        self._names = labels
+        self._drawn: dict[str, NDArray[np.uint8]] = {}
+
+    @property
+    def description(self) -> str:
+        """What the data is, for report and checkpoint."""
+        return "phantom (embedded, synthetic)" if self.root == PHANTOM else self.root
+
+    def find(self) -> list[LabelledCase]:
+        """All images, read and checked.
+
+        Raises:
+            UserError: Something is wrong with them; the first problems are listed and the rest counted.
+        """
+        if self.root == PHANTOM:
+            return self._find_phantom()
+        path = Path(self.root).expanduser()
+        if path.is_dir() and self.multi_label:
+            raise UserError("data.multi_label: a folder is one class; images with several need a table (.csv) as root")
+        rows = _of_table(path, self.multi_label) if path.is_file() else _of_folders(path, self.root)
+        present = sorted({name for _, _, names, _, _ in rows for name in names})
+        self._labels = ClassLabels.from_config(self._names or present, self.multi_label)
+        index = {name: number for number, name in enumerate(self._labels.names)}
+        for name in present:
+            if name not in index:
+                raise unknown("class in the data, which data.labels does not name:", name, self._labels.names)
+        cases = [
+            LabelledCase(name, group, tuple(sorted(index[label] for label in labels)), self.root, file, part)
+            for name, file, labels, group, part in rows
+        ]
+        if self.split is not None and self.split.group_by is not None:
+            groups = find_groups(cases, self.split.group_by)
+            cases = [replace(case, group=group) for case, group in zip(cases, groups, strict=True)]
+        _refuse_parted(cases)
+        self.fingerprint = self._check(cases)
+        return cases
+
+    def read_case(self, case: LabelledCase) -> NDArray[np.uint8]:
+        """An image as it is, (H, W, C)."""
+        if case.image is None:
+            return np.repeat(self._drawn[case.part][case.index][..., None], self.channels, axis=-1)
+        return read_image(case.image, self.channels)
+
+    def _find_phantom(self) -> list[LabelledCase]:
+        self._drawn, truths = draw_phantom(2, _PHANTOM_SIDE)
+        self._labels = ClassLabels.from_config(PHANTOM_CLASSES, False)
+        self.fingerprint = fingerprint_of(
+            (part, hashlib.sha256(images.tobytes()).hexdigest()) for part, images in self._drawn.items()
+        )
+        return [
+            LabelledCase(f"{part}_{number:04d}", f"{part}_{number:04d}", (int(kind),), PHANTOM, None, part, number)
+            for part in PARTS
+            for number, kind in enumerate(truths[part])
+        ]
+
+    def _check(self, cases: Sequence[LabelledCase]) -> str:
+        """Read every image once; the fingerprint of all."""
+        whole = len(cases) <= MOST_DECODED
+        what = "reading and checking" if whole else "reading the headers of"
+        _log.info("data: %s %d images", what, len(cases))
+
+        def check(case: LabelledCase) -> tuple[str, str]:
+            """A digest, and a problem if there is one."""
+            assert case.image is not None
+            try:
+                if not whole:
+                    height, width = image_size(case.image)
+                    return f"{case.image.stat().st_size} {height} {width}", ""
+                read_image(case.image, self.channels)
+                return hashlib.sha256(case.image.read_bytes()).hexdigest(), ""
+            except UserError as error:
+                return "", str(error).replace("\n", " ")
+            except MemoryError:
+                return "", f"{case.image}: not enough memory to decode it"
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
+            results = list(pool.map(check, cases))
+        raise_problems([problem for _, problem in results if problem], len(cases))
+        return fingerprint_of((case.name, digest) for case, (digest, _) in zip(cases, results, strict=True))
+
+
+_Row = tuple[str, Path, tuple[str, ...], str, str]
+"""Name, file, classes, group and part of an image."""
+
+
+def _of_folders(path: Path, root: str) -> list[_Row]:
+    """The images below class folders."""
+    if not path.is_dir():
+        guess = (
+            nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else None
+        )
+        hint = f" Did you mean {path.parent / guess}?" if guess else ""
+        raise UserError(f"data.root: there is no {root}.{hint}\nGive a folder of class folders, a .csv, or {PHANTOM}")
+    inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    parts = [name for name in inner if name in PARTS] if "train" in inner and set(inner) <= set(PARTS) else [""]
+    rows: list[_Row] = []
+    for part in parts:
+        for folder in sorted(entry for entry in (path / part).iterdir() if entry.is_dir()):
+            if folder.name.startswith("."):
+                continue
+            for _, files in walk_files(folder):
+                for file in files:
+                    if file.suffix.lower() in SUFFIXES:
+                        name = file.relative_to(path).with_suffix("").as_posix()
+                        rows.append((name, file, (folder.name,), name, part))
+    if not rows:
+        found = ", ".join(inner[:8]) or "no folder"
+        raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
+    _refuse_twice(rows)
+    return sorted(rows)
+
+
+def _of_table(path: Path, multi_label: bool) -> list[_Row]:
+    """The images that a table names."""
+    if path.suffix.lower() != ".csv":
+        raise UserError(f"data.root: {path} is a file, but no .csv table of images")
+    try:
+        reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8-sig"), newline=""))
+        columns = [name for name in reader.fieldnames or () if name]
+        table = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.root: cannot read {path}: {error}") from error
+    for needed in _COLUMNS[:2]:
+        if needed not in columns:
+            raise unknown(f"column, which {path} needs:", needed, columns)
+    rows: list[_Row] = []
+    for line, row in enumerate(table, 2):
+        file, text = (row["image"] or "").strip(), (row["label"] or "").strip()
+        labels = tuple(part.strip() for part in text.split("|") if part.strip()) if multi_label else (text,)
+        part = (row.get("part") or "").strip()
+        if not file or (not text and not multi_label):
+            raise UserError(f"{path} line {line}: needs an image and a label")
+        if part and part not in PARTS:
+            raise unknown(f"part in {path} line {line}:", part, PARTS)
+        name = Path(file).with_suffix("").as_posix()
+        rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
+    if not rows:
+        raise UserError(f"data.root: {path} names no images")
+    _refuse_twice(rows)
+    return sorted(rows)
+
+
+def _refuse_twice(rows: Sequence[_Row]) -> None:
+    seen: dict[str, Path] = {}
+    problems = [
+        f"{file}: shares its name with {seen[name].name}; keep one of them"
+        for name, file, *_ in rows
+        if seen.setdefault(name, file) is not file
+    ]
+    raise_problems(problems, len(rows))
+
+
+def _refuse_parted(cases: Sequence[LabelledCase]) -> None:
+    """A patient in two parts would turn validation into memory."""
+    homes: dict[str, str] = {}
+    for case in cases:
+        if case.part and homes.setdefault(case.group, case.part) != case.part:
+            raise UserError(f"data: the group '{case.group}' is parted into {homes[case.group]} and {case.part}")
