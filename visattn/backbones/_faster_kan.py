@@ -22,6 +22,8 @@ WIDTH = 0.33  # of a bump
 class Bumps(nn.Module):
     """The values of G bumps around fixed points: (..., C) to (..., C, G)."""
 
+    grid: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("grid", torch.linspace(*GRID))

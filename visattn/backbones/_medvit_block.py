@@ -63,7 +63,8 @@ class SqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return x * self.fc(x.mean((2, 3)))[:, :, None, None]
+        factor: Tensor = self.fc(x.mean((2, 3)))
+        return x * factor[:, :, None, None]
 
 
 class LocalFeedForward(nn.Module):
@@ -92,7 +93,8 @@ class LocalFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return x + self.conv(x)
+        out: Tensor = x + self.conv(x)
+        return out
 
 
 class LocalPerception(nn.Module):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from visattn.backbones._backbone import Backbone, Head, Stage
@@ -37,6 +37,7 @@ PLAN = ("LL", "LG", "LLGLLG")  # blocks of the first three stages, local and glo
 SR_RATIOS = (8, 4, 2, 1)
 
 
+@register_notrace_module
 class OfficialSizes(nn.Module):
     """Refuses the images that the official code fails on."""
 
@@ -64,7 +65,7 @@ def medvit(
     widths: Sequence[int],
     last_depth: int,
     scrambled: bool,
-    dilations: Sequence[int] = (1, 1, 1),
+    dilations: Sequence[Sequence[int]] = ((1, 1), (1,), (1, 1, 1, 1)),
     any_size: bool = True,
     in_chans: int = 3,
     num_classes: int = 1000,
@@ -78,14 +79,20 @@ def medvit(
         widths: Channels of each stage, multiples of 32.
         last_depth: Blocks of the last stage.
         scrambled: Whether memory is reshaped as in the released code.
-        dilations: Of every second LFP of the first three stages; the first of a stage is never dilated.
+        dilations: Of each LFP of the first three stages.
         any_size: Whether images are taken that the official code fails on.
         in_chans: Channels of the images.
         num_classes: Classes; 0 leaves the classifier out.
         global_pool: `avg`, `max`, or empty for none.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block, growing linearly from 0.
+
+    Raises:
+        ValueError: `dilations` does not name each LFP once.
     """
+    wanted = [kinds.count("L") for kinds in PLAN]
+    if [len(each) for each in dilations] != wanted:
+        raise ValueError(f"dilations must have {wanted} entries, one for each LFP of three stages; got {dilations!r}")
     plan = (*PLAN, "G" * last_depth)
     rates = drop_path_rates(drop_path_rate, [len(kinds) for kinds in plan])
     dim = STEM[-1]
@@ -93,15 +100,16 @@ def medvit(
     for index, (kinds, width) in enumerate(zip(plan, widths, strict=True)):
         blocks: list[nn.Module] = []
         for i, kind in enumerate(kinds):
-            stride = 2 if index and not i else 1
+            common: Any = {
+                "stride": 2 if index and not i else 1,
+                "scrambled": scrambled,
+                "drop_path_rate": rates[index][i],
+            }
             if kind == "L":
-                dilation = dilations[index] if kinds[:i].count("L") % 2 else 1
-                kernel_size = 3 if index else 7
-                settings = {"kernel_size": kernel_size, "dilation": dilation, "scrambled": scrambled}
-                blocks.append(LocalPerception(dim, width, stride=stride, drop_path_rate=rates[index][i], **settings))
+                dilation = dilations[index][kinds[:i].count("L")]
+                blocks.append(LocalPerception(dim, width, kernel_size=3 if index else 7, dilation=dilation, **common))
             else:
-                settings = {"sr_ratio": SR_RATIOS[index], "scrambled": scrambled}
-                blocks.append(GlobalPerception(dim, width, stride=stride, drop_path_rate=rates[index][i], **settings))
+                blocks.append(GlobalPerception(dim, width, sr_ratio=SR_RATIOS[index], **common))
             dim = width
         stages.append(Stage(nn.Identity(), blocks))
     network = Backbone(
@@ -148,7 +156,7 @@ def official_name(key: str) -> str:
 
 def unused(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The convolutional layers that the official GFP blocks hold and never run."""
-    entries = {}
+    entries: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
         if isinstance(module, GlobalPerception):
             block = official_name(f"{name}.")

@@ -3,9 +3,9 @@
 Paper: Manzari et al., "Medical Image Classification with KAN-Integrated Transformers and Dilated Neighborhood
 Attention", arXiv 2502.13693. The builder, and what is the same as in the released code, is in `medvit`.
 
-The paper names no dilations. Here every second LFP of a stage is dilated as in DiNAT ("Dilated Neighborhood Attention
-Transformer", arXiv 2209.15001), whose maps have the same sizes: by 8, 4 and 2 at 56, 28 and 14 positions per side, so
-that the window spans the map. On a smaller map the window is clipped.
+The dilations follow DiNAT ("Dilated Neighborhood Attention Transformer", arXiv 2209.15001), whose maps have the same
+sizes: every second LFP of a stage is dilated so far that at 224 pixels its window spans the map, by 8 at 56 and by 2 at
+14 positions per side; the second stage has one LFP only. On a smaller map the window is clipped.
 
 Weights of the released code were trained on another computation, so `visattn.load_official` refuses them here.
 """
@@ -18,7 +18,7 @@ from torch import nn
 from visattn.backbones._build import build
 from visattn.backbones.medvit import CONFIG, SIZES, medvit
 
-DILATIONS = (8, 4, 2)
+DILATIONS = ((1, 8), (1,), (1, 2, 1, 2))
 
 default_cfgs = generate_default_cfgs({f"va_medvit_dina_{size}": CONFIG for size in SIZES})
 
