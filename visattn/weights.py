@@ -28,6 +28,7 @@ _logger = logging.getLogger(__name__)
 
 OFFICIAL = {
     "agunet": "visattn.networks.agunet_weights",
+    "att_swin_unet": "visattn.networks.att_swin_unet",
     "daunet": "visattn.networks.agunet_weights",
     "pranet": "visattn.networks.pranet",
 }

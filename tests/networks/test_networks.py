@@ -13,6 +13,7 @@ from visattn.networks import NETWORKS, check_network, create_model, describe, pr
 # A small setting of each network, so that a new one is tested by one line.
 SMALL = {
     "agunet": {"filters": (4, 6, 8)},
+    "att_swin_unet": {"img_size": 32},
     "daunet": {"filters": (4, 6, 8)},
     "pranet": {"backbone": "resnet10t", "channels": 8},
     "unet": {
@@ -22,7 +23,7 @@ SMALL = {
     },
     "unet3d": {"filters": (4, 6, 8, 8), "deep_supervision": True},
 }
-SIZE = {"pranet": (45, 70), "unet": (45, 70)}  # the others take volumes
+SIZE = {"att_swin_unet": (45, 70), "pranet": (45, 70), "unet": (45, 70)}  # the others take volumes
 VOLUME = (11, 13, 18)
 
 

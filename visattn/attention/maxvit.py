@@ -89,11 +89,16 @@ def _bias(block: Any, mask: Tensor | None, batch: int, dtype: torch.dtype) -> Te
     return masked.repeat(batch, 1, 1, 1)
 
 
-def _attend(block: Any, windows: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention in each of `windows` (B, W, T, C), projected: (B, W, T, C)."""
+def _attend(block: Any, windows: Tensor, mask: Tensor | None, guide: tuple[Any, Tensor] | None = None) -> Tensor:
+    """Attention in each of `windows` (B, W, T, C), projected: (B, W, T, C); `guide`: a second block and its windows."""
     q, k, v = _heads(block, windows)
     drop = block.attn_drop if block.training else 0.0
     out = scaled_dot_product(q, k, v, _bias(block, mask, windows.shape[0], q.dtype), block.scale, drop)
+    if guide is not None:
+        other, theirs = guide
+        q, k, _ = _heads(other, theirs)
+        led = scaled_dot_product(q, k, v, _bias(other, mask, theirs.shape[0], q.dtype), other.scale, drop)
+        out = (out + led) / 2
     projected: Tensor = block.proj_drop(block.proj(out.transpose(1, 2).reshape(windows.shape)))
     return projected
 
@@ -203,6 +208,21 @@ class WindowAttention(nn.Module):
         """
         windows, mask, shift = self._windows(x)
         return self._back(_attend(self, windows, mask), x.shape[1:-1], shift)
+
+    def guided(self, x: Tensor, other: "WindowAttention", y: Tensor) -> Tensor:
+        """Attend with the mean of the block's own weights and those that `other` gives the tokens of `y`.
+
+        Args:
+            x: (B, *S, C), as for `forward`; the values are of `x`.
+            other: A block with as many heads, the same windows and the same shift.
+            y: (B, *S, C'), what `other` attends in.
+
+        Returns:
+            (B, *S, C).
+        """
+        windows, mask, shift = self._windows(x)
+        theirs, _, _ = other._windows(y)
+        return self._back(_attend(self, windows, mask, (other, theirs)), x.shape[1:-1], shift)
 
     def attention_map(self, x: Tensor, query: Sequence[int]) -> Tensor:
         """How much the token at index `query` attends to every token of `x` (B, *S, C): (B, h, *S).

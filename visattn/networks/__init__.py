@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from visattn.errors import UserError, chosen, did_you_mean
 from visattn.networks import agunet as _agunet
+from visattn.networks import att_swin_unet as _att_swin_unet
 from visattn.networks import pranet as _pranet
 from visattn.networks import unet as _unet
 from visattn.networks import unet3d as _unet3d
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "agunet": _agunet.agunet,
+    "att_swin_unet": _att_swin_unet.att_swin_unet,
     "daunet": _agunet.daunet,
     "pranet": _pranet.pranet,
     "unet": _unet.unet,
@@ -27,7 +29,13 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 }
 """Builders by the name that recipes use."""
 
-_INFO: dict[str, dict[str, Any]] = {**_agunet.INFO, "pranet": _pranet.INFO, "unet": _unet.INFO, "unet3d": _unet3d.INFO}
+_INFO: dict[str, dict[str, Any]] = {
+    **_agunet.INFO,
+    "att_swin_unet": _att_swin_unet.INFO,
+    "pranet": _pranet.INFO,
+    "unet": _unet.INFO,
+    "unet3d": _unet3d.INFO,
+}
 
 __all__ = ["NETWORKS", "check_network", "create_model", "describe", "network_rank", "prediction"]
 
