@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from visattn.errors import unknown
@@ -308,11 +309,27 @@ def strips(grid: Grid, channels: int, memory: int) -> list[slice]:
 
 def largest(logits: Tensor) -> Tensor:
     """The index (uint8) of the largest of `logits` (K, ...), the first of equals; many times faster than argmax."""
+    if logits.device.type == "cpu":
+        return torch.from_numpy(_largest(logits.numpy()))
     best = logits[0].clone()
     index = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
     for k in range(1, len(logits)):
         index.masked_fill_(logits[k] > best, k)
         torch.maximum(best, logits[k], out=best)
+    return index
+
+
+def _largest(logits: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Numpy compares eight times as fast as torch does; and as k rises, a maximum of bytes takes the place of masks."""
+    best = logits[0].copy()
+    index = np.zeros(best.shape, np.uint8)
+    larger = np.empty(best.shape, bool)
+    number = larger.view(np.uint8)
+    for k in range(1, len(logits)):
+        np.greater(logits[k], best, out=larger)
+        np.multiply(number, np.uint8(k), out=number)
+        np.maximum(index, number, out=index)
+        np.maximum(best, logits[k], out=best)
     return index
 
 

@@ -9,34 +9,17 @@ H if f is D, else D, so that a block's voxels lie close together in the result a
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from visattn.data.native_grid import Band
+from visattn.data.native_grid import PRODUCT, Band, Part
 from visattn.scratch import release
 
 _ROWS, _COLUMNS = 8, 256  # new voxels of a block along t and s, at most
-_PRODUCT = 32  # new voxels that one product makes along s or f
 _VOXELS = 2**22  # old ones of a block
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The new voxels [low, high) of an axis, and the old ones [first, stop) that `matrix` makes them of.
-
-    Without a matrix they are the same.
-    """
-
-    low: int
-    high: int
-    first: int
-    stop: int
-    matrix: Tensor | None
 
 
 def to_network(source: NDArray[np.float32], out: NDArray[np.float32]) -> None:
@@ -60,10 +43,10 @@ def _pass(source: NDArray[np.float32], out: NDArray[np.float32], fill: float | N
     t_ratio, s_ratio, _ = (max(1.0, a / b) for a, b in zip(old.shape, new.shape, strict=True))
     columns = max(1, int(_COLUMNS / s_ratio))
     rows = min(_ROWS, max(1, int(_VOXELS / (t_ratio * s_ratio * columns * old.shape[2]))))
-    along = list(_parts(bands[2], 0, new.shape[2], _PRODUCT))
-    for chunk in _parts(bands[1], 0, new.shape[1], columns):
-        products = list(_parts(bands[1], chunk.low, chunk.high, _PRODUCT))
-        for row in _parts(bands[0], 0, new.shape[0], rows):
+    along = bands[2].parts(0, new.shape[2], PRODUCT)
+    for chunk in bands[1].parts(0, new.shape[1], columns):
+        products = bands[1].parts(chunk.low, chunk.high, PRODUCT)
+        for row in bands[0].parts(0, new.shape[0], rows):
             block = _finite(old[row.first : row.stop, chunk.first : chunk.stop], fill)
             if block is None:
                 return False
@@ -75,14 +58,6 @@ def _pass(source: NDArray[np.float32], out: NDArray[np.float32], fill: float | N
             release(source)
             release(out)
     return True
-
-
-def _parts(band: Band, low: int, high: int, step: int) -> Iterator[_Part]:
-    """Cut the new voxels [low, high) of an axis into parts of `step`."""
-    for begin in range(low, high, step):
-        end = min(begin + step, high)
-        matrix = None if band.matrix is None else band.part(begin, end, torch.device("cpu"))
-        yield _Part(begin, end, *band.needs(begin, end), matrix)
 
 
 def _finite(view: NDArray[np.float32], fill: float | None) -> Tensor | None:
@@ -97,7 +72,7 @@ def _finite(view: NDArray[np.float32], fill: float | None) -> Tensor | None:
     return None if fill is None else torch.where(finite, block, fill)
 
 
-def _along_s(block: Tensor, products: list[_Part], chunk: _Part) -> Tensor:
+def _along_s(block: Tensor, products: list[Part], chunk: Part) -> Tensor:
     result = block.new_empty(len(block), chunk.high - chunk.low, block.shape[2])
     for part in products:
         assert part.matrix is not None
@@ -107,7 +82,7 @@ def _along_s(block: Tensor, products: list[_Part], chunk: _Part) -> Tensor:
     return result
 
 
-def _along_f(block: Tensor, parts: list[_Part], into: Tensor) -> None:
+def _along_f(block: Tensor, parts: list[Part], into: Tensor) -> None:
     if parts[0].matrix is None:
         into.copy_(block)
         return
