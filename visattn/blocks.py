@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.attention import ATTENTION, DepthwiseConvolution
@@ -34,6 +35,7 @@ NORM: dict[str, type[nn.Module]] = {"batch": BatchNorm, "layer": nn.LayerNorm, "
 
 
 CONV: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+ADAPTIVE: dict[int, Any] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 _BATCH: dict[int, Any] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE: dict[int, Any] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
@@ -51,6 +53,13 @@ def conv_norm(kind: str, rank: int, width: int) -> nn.Module:
     else:
         raise unknown("norm", kind, ("batch", "instance", "group"))
     return norm
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """`x` (B, C, *S) at the spatial `size`, by linear interpolation with half-pixel centres."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:

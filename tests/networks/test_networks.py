@@ -10,20 +10,24 @@ import torch
 from visattn.errors import UserError
 from visattn.networks import NETWORKS, check_network, create_model, describe, prediction
 
+PYRAMID = {
+    "backbone": "va_pyramid",
+    "backbone_args": {"widths": (8, 12, 16), "depths": (1, 1, 1), "strides": (4, 2, 2)},
+}
 # A small setting of each network, so that a new one is tested by one line.
 SMALL = {
     "agunet": {"filters": (4, 6, 8)},
     "att_swin_unet": {"img_size": 32},
     "daunet": {"filters": (4, 6, 8)},
+    "fpn": {**PYRAMID, "width": 16, "branch_width": 8},
+    "linear": PYRAMID,
     "pranet": {"backbone": "resnet10t", "channels": 8},
-    "unet": {
-        "backbone": "va_pyramid",
-        "backbone_args": {"widths": (8, 12, 16), "depths": (1, 1, 1), "strides": (4, 2, 2)},
-        "deep_supervision": True,
-    },
+    "unet": {**PYRAMID, "deep_supervision": True},
     "unet3d": {"filters": (4, 6, 8, 8), "deep_supervision": True},
+    "upernet": {**PYRAMID, "width": 16},
 }
-SIZE = {"att_swin_unet": (45, 70), "pranet": (45, 70), "unet": (45, 70)}  # the others take volumes
+IMAGES = ("att_swin_unet", "fpn", "linear", "pranet", "unet", "upernet")
+SIZE = dict.fromkeys(IMAGES, (45, 70))  # the others take volumes
 VOLUME = (11, 13, 18)
 
 

@@ -7,10 +7,18 @@ the prediction first. Its `output_names` name them.
 
 from torch import nn
 
+from visattn.heads.fpn import FPNHead, UPerHead
+from visattn.heads.linear import LinearHead
 from visattn.heads.pranet import PraNetHead
 from visattn.heads.unet import UNetHead
 
-HEADS: dict[str, type[nn.Module]] = {"pranet": PraNetHead, "unet": UNetHead}
+HEADS: dict[str, type[nn.Module]] = {
+    "fpn": FPNHead,
+    "linear": LinearHead,
+    "pranet": PraNetHead,
+    "unet": UNetHead,
+    "upernet": UPerHead,
+}
 """Heads by the name that recipes use."""
 
-__all__ = ["HEADS", "PraNetHead", "UNetHead"]
+__all__ = ["HEADS", "FPNHead", "LinearHead", "PraNetHead", "UNetHead", "UPerHead"]

@@ -23,9 +23,12 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "agunet": _agunet.agunet,
     "att_swin_unet": _att_swin_unet.att_swin_unet,
     "daunet": _agunet.daunet,
+    "fpn": _unet.fpn,
+    "linear": _unet.linear,
     "pranet": _pranet.pranet,
     "unet": _unet.unet,
     "unet3d": _unet3d.unet3d,
+    "upernet": _unet.upernet,
 }
 """Builders by the name that recipes use."""
 
@@ -33,7 +36,7 @@ _INFO: dict[str, dict[str, Any]] = {
     **_agunet.INFO,
     "att_swin_unet": _att_swin_unet.INFO,
     "pranet": _pranet.INFO,
-    "unet": _unet.INFO,
+    **_unet.INFO,
     "unet3d": _unet3d.INFO,
 }
 

@@ -85,14 +85,9 @@ def check_classifier(config: Mapping[str, Any]) -> None:
             return  # not every model can be built without storage; the real one speaks for itself
 
 
-def classifier_rank(config: Mapping[str, Any]) -> int:
-    """Spatial axes of the data that the `network` block of a recipe takes: 2 for images, 3 for volumes."""
-    import timm
-
-    if isinstance(config.get("dims"), int):
-        return int(config["dims"])
-    known = timm.get_pretrained_cfg(config["name"])
-    return 2 if known is None else len(known.input_size) - 1
+def classifier_rank(network: nn.Module) -> int:
+    """Spatial axes of the data that a classifier takes: 3 for volumes, told by its convolutions, else 2."""
+    return 3 if any(isinstance(module, nn.Conv3d) for module in network.modules()) else 2
 
 
 def _explained(name: str, options: Mapping[str, Any], error: Exception) -> UserError:
