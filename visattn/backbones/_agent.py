@@ -157,6 +157,12 @@ def _position(table: Tensor, old: Size, new: Size) -> Tensor:
     return torch.cat([table[:, :tokens], grid.flatten(1, 2)], dim=1)
 
 
+def _sides(shapes: Mapping[str, tuple[int, ...]], block: str) -> Size | None:
+    """Height and width of the map that the agent tables of `block` are for; None if they are not there."""
+    rows, columns = (shapes.get(f"{block}.{name}", ()) for name in ("ha_bias", "wa_bias"))
+    return (rows[2], columns[3]) if len(rows) == len(columns) == 5 else None
+
+
 def fitted(
     tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]], positions: Mapping[str, str]
 ) -> dict[str, Tensor]:
@@ -171,24 +177,23 @@ def fitted(
         positions: For each `pos_embed` the prefix of an agent block on the same map, whose tables tell the map's sides.
     """
     out = dict(tensors)
+    given = {key: tuple(table.shape) for key, table in tensors.items()}
     for key, shape in wanted.items():
         table = tensors.get(key)
-        if table is None or tuple(table.shape) == shape or table.dim() != len(shape):
+        if table is None or table.dim() != len(shape):
             continue
         kind = key.rsplit(".", 1)[-1]
         line = LINES.get(kind)
-        unequal = [axis for axis, (old, new) in enumerate(zip(table.shape, shape, strict=True)) if old != new]
+        unequal = [axis for axis, sides in enumerate(zip(table.shape, shape, strict=True)) if len(set(sides)) > 1]
         if line is not None and unequal == [line]:
             out[key] = _line(table, line, shape[line])
-        elif kind == "relative_position_bias_table" and math.isqrt(len(table)) ** 2 == len(table):
+        elif kind == "relative_position_bias_table" and unequal == [0] and math.isqrt(len(table)) ** 2 == len(table):
             out[key] = _relative(table, shape[0])
         elif key in positions:
-            rows, columns = f"{positions[key]}.ha_bias", f"{positions[key]}.wa_bias"
-            if not {rows, columns} <= tensors.keys() or tensors[rows].dim() != 5 or tensors[columns].dim() != 5:
-                continue
-            old = tensors[rows].shape[2], tensors[columns].shape[3]
-            if math.prod(old) <= table.shape[1]:
-                out[key] = _position(table, old, (wanted[rows][2], wanted[columns][3]))
+            # Maps of 2 x 3 and of 3 x 2 have as many positions, so shapes do not tell.
+            old, new = _sides(given, positions[key]), _sides(wanted, positions[key])
+            if old and new and old != new and math.prod(old) <= table.shape[1]:
+                out[key] = _position(table, old, new)
     changed = [key for key in wanted if key in tensors and out[key] is not tensors[key]]
     if changed:
         _logger.info("resized %d position tables that were saved for another image size", len(changed))

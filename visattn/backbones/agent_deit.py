@@ -289,19 +289,23 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
 
 _CONFIG = config("stem.proj", fixed_input_size=True, pool_size=None)
 default_cfgs = generate_default_cfgs({f"va_agent_deit_{size}": _CONFIG for size in "tsb"})
-_MAPS = (2, 5, 8, 11)
+
+
+def _quarters(depth: int = 12, **_: Any) -> tuple[int, ...]:
+    """The last block of each quarter of the network, whose maps `features_only=True` gives by default."""
+    return tuple(sorted({-(-depth * part // 4) - 1 for part in (1, 2, 3, 4)}))
 
 
 @register_model
 def va_agent_deit_t(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """192 channels, 6.0M parameters."""
-    return build(AgentDeit, "va_agent_deit_t", pretrained, **{"out_indices": _MAPS, **kwargs})
+    return build(AgentDeit, "va_agent_deit_t", pretrained, **{"out_indices": _quarters(**kwargs), **kwargs})
 
 
 @register_model
 def va_agent_deit_s(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """384 channels, 22.6M parameters."""
-    plan = {"dim": 384, "num_heads": 6, "drop_path_rate": 0.1, "out_indices": _MAPS}
+    plan = {"dim": 384, "num_heads": 6, "drop_path_rate": 0.1, "out_indices": _quarters(**kwargs)}
     return build(AgentDeit, "va_agent_deit_s", pretrained, **{**plan, **kwargs})
 
 
@@ -314,6 +318,6 @@ def va_agent_deit_b(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "agent_num": 81,
         "agent_blocks": 4,
         "drop_path_rate": 0.3,
-        "out_indices": _MAPS,
+        "out_indices": _quarters(**kwargs),
     }
     return build(AgentDeit, "va_agent_deit_b", pretrained, **{**plan, **kwargs})
