@@ -13,8 +13,11 @@ from visattn.backbones import (
     agent_swin,
     biformer,
     biformer_stl,
+    dinat_s,
+    maxvit,
     medvit,
     medvit_dina,
+    nat,
     partialnet,
     pyramid,
 )
@@ -25,11 +28,14 @@ _MODULES: tuple[ModuleType, ...] = (
     biformer_stl,
     medvit,
     medvit_dina,
+    nat,
+    dinat_s,
     agent_deit,
     agent_pvt,
     agent_swin,
     agent_cswin,
     partialnet,
+    maxvit,
 )
 FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
 """Registered names and the modules that hold them."""
