@@ -1,43 +1,227 @@
 """What every registered backbone promises; the table is timm's registry, so a new name is tested at once.
 
-The fast tier takes one name per family; `make test-all` takes all.
+The fast tier takes one name per family and the small pyramids; `make test-all` takes all.
 """
+
+import copy
+import math
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from timm.models import group_parameters
 
 import visattn
 from visattn.backbones import FAMILIES
 
 assert visattn.__version__
-FAST = {next(name for name, module in FAMILIES.items() if module is each) for each in FAMILIES.values()}
+CLASSES = 7
+FIRST = {next(name for name, module in FAMILIES.items() if module is each) for each in FAMILIES.values()}
+FAST = (FIRST | {"va_pyramid_tiny", "va_pyramid3d_tiny"}) - {"va_pyramid"}
 NAMES = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
-def example(model, size=None):
-    """A batch of two random images of the size that the configuration of `model` names, or of `size`."""
-    shape = model.default_cfg.get("input_size")
-    if shape is None:  # volumes, which timm's records do not know
-        return torch.randn(2, model.in_chans, *(size or (40, 33, 37)), generator=torch.Generator().manual_seed(0))
-    return torch.randn(2, shape[0], *(size or shape[1:]), generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module", params=NAMES)
+def name(request):
+    """Of module scope, so that all tests of a name run one after another and share `made`."""
+    return request.param
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_classifies(name):
-    model = timm.create_model(name, num_classes=7).eval()
+@pytest.fixture(scope="module")
+def made(name):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=CLASSES).eval()
+
+
+@pytest.fixture
+def model(made):
+    """A new model of that name; making one takes longer than copying it."""
+    return copy.deepcopy(made)
+
+
+def smallest(model):
+    """The least size that the model takes, as its configuration says; odd and not square where it may be."""
+    cfg = model.default_cfg
+    if cfg.get("input_size") is None:  # volumes, which timm's records do not know
+        return (33, 20, 26)
+    if cfg.get("fixed_input_size"):
+        return cfg["input_size"][1:]
+    return cfg["min_input_size"][1:] if cfg.get("min_input_size") else (33, 46)
+
+
+def example(model, size=None, in_chans=None, batch=2):
+    """A batch of random images or volumes."""
+    size = size or smallest(model)
+    return torch.randn(batch, in_chans or model.in_chans, *size, generator=torch.Generator().manual_seed(0))
+
+
+def channels_first(x, model):
+    return x.movedim(-1, 1) if model.output_fmt == "NHWC" else x
+
+
+@torch.no_grad()
+def test_classifies(name, model):
     x = example(model)
-    with torch.no_grad():
-        features = model.forward_features(x)
+    features = model.forward_features(x)
+    logits = model(x)
+    assert logits.shape == (2, CLASSES)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+    assert torch.equal(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert pooled.shape == (2, model.head_hidden_size)
+    assert torch.equal(model.get_classifier()(pooled), logits)
+    model.reset_classifier(0)
+    assert model.num_classes == 0
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(3)
+    assert model(x).shape == (2, 3)
+    model.reset_classifier(0, "")
+    assert model(x).ndim == features.ndim  # every position by itself
+    model.reset_classifier(3, "max")
+    assert model(x).shape == (2, 3)
+    with torch.device("meta"):
+        bare = timm.create_model(name, num_classes=0, global_pool="")
+    assert "head.fc.weight" not in bare.state_dict()
+    with pytest.raises(TypeError, match="no_such_argument"):
+        timm.create_model(name, no_such_argument=1)
+
+
+def test_learns_with_and_without_checkpointing(made, model):
+    model.train()
+    x = example(model)
+    results = []
+    for again in (False, True):
+        model.set_grad_checkpointing(again)
+        model.load_state_dict(made.state_dict())  # training moves running statistics
+        model.zero_grad()
+        torch.manual_seed(0)
         logits = model(x)
-        assert logits.shape == (2, 7)
-        assert logits.isfinite().all()
-        assert torch.equal(model.forward_head(features), logits)
-        pooled = model.forward_head(features, pre_logits=True)
-        assert pooled.shape == (2, model.head_hidden_size)
-        assert torch.equal(model.get_classifier()(pooled), logits)
-        model.reset_classifier(0)
-        assert torch.equal(model(x), pooled)
-        model.reset_classifier(3)
-        assert model(x).shape == (2, 3)
+        logits.square().sum().backward()
+        results.append((logits.detach(), {key: each.grad for key, each in model.named_parameters()}))
+    (logits, grads), (logits_again, grads_again) = results
+    assert torch.equal(logits, logits_again)
+    missing = [key for key, grad in grads.items() if grad is None or not grad.isfinite().all()]
+    assert not missing
+    # A norm behind it takes the bias of a convolution off again, so its gradient is rounding noise.
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    for key, grad in grads.items():
+        assert float((grad - grads_again[key]).abs().max()) <= 1e-5 * largest, key
+    assert sum(not grad.any() for grad in grads.values()) <= len(grads) // 10
+
+
+@torch.no_grad()
+def test_maps(name, model):
+    x = example(model, batch=1)
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, model.forward_features(x))
+    info = model.feature_info
+    assert len(maps) == len(info)
+    sizes = x.shape[2:]
+    for each, facts in zip(maps, info, strict=True):
+        assert each.shape[:2] == (1, facts["num_chs"])
+        reduction = facts["reduction"]
+        assert all(s // reduction <= n <= math.ceil(s / reduction) for s, n in zip(sizes, each.shape[2:], strict=True))
+    # Options change what is handed out, not what is computed.
+    options = {"stop_early": True, "output_fmt": "NHWC", "intermediates_only": True}
+    early = model.forward_intermediates(x, indices=[0, 1], **options)
+    assert torch.equal(early[0].movedim(-1, 1), maps[0])
+    assert torch.equal(early[1].movedim(-1, 1), maps[1])
+    with pytest.raises(ValueError, match="out_indices"):
+        model.forward_intermediates(x, indices=[len(info)])
+    if last.ndim == x.ndim:  # a map, not tokens
+        normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        assert torch.equal(normed[0], channels_first(last, model))
+
+    # features_only is the same maps, of a model without what lies behind them.
+    with torch.device("meta"):
+        net = timm.create_model(name, features_only=True)
+    taken = [info[index] for index in net.out_indices]
+    assert len(taken) == min(4, len(info))
+    assert net.feature_info.channels() == [each["num_chs"] for each in taken]
+    assert net.feature_info.reduction() == [each["reduction"] for each in taken]
+    some = timm.create_model(name, features_only=True, out_indices=(0, 2)).eval()
+    assert some.feature_info.channels() == [info[0]["num_chs"], info[2]["num_chs"]]
+    own = some.model.state_dict()
+    assert set(own) < set(model.state_dict())
+    some.model.load_state_dict({key: model.state_dict()[key] for key in own})
+    found = some(x)
+    assert torch.equal(found[0], maps[0])
+    assert torch.equal(found[1], maps[2])
+
+
+def test_layers_for_optimisers(model):
+    names = [key for key, _ in model.named_parameters()]
+    assert set(model.no_weight_decay()) <= set(names)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert set(layers) == set(names)
+    top = max(layers.values())
+    assert min(layers[key] for key in names if key.startswith("stem.")) == 0
+    assert {key for key in names if layers[key] == top} >= {"head.fc.weight", "head.fc.bias"}
+    # Nothing but the head and what follows the stages falls through to the last layer.
+    assert not [key for key in names if layers[key] == top and key.startswith(("stem.", "stages.", "blocks."))]
+    assert len(set(layers.values())) > len(model.feature_info)
+    coarse = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    assert 2 < len(set(coarse.values())) <= len(set(layers.values()))
+
+
+@torch.no_grad()
+def test_channels_and_sizes(name, made):
+    first = made.default_cfg["first_conv"]
+    with torch.device("meta"):
+        model = timm.create_model(name, in_chans=1)
+    assert model.state_dict()[f"{first}.weight"].shape[1] == 1
+    model = timm.create_model(name, in_chans=4, num_classes=2).eval()
+    assert model(example(model, in_chans=4, batch=1)).shape == (1, 2)
+    cfg = model.default_cfg
+    if cfg.get("input_size") is None or not cfg.get("fixed_input_size"):
+        least = smallest(model)
+        larger = [size + 3 + 8 * axis for axis, size in enumerate(least)]
+        assert model(example(model, larger, in_chans=4)).shape == (2, 2)
+    else:
+        wrong = example(model, [size - 32 for size in smallest(model)], in_chans=4)
+        with pytest.raises(ValueError, match=r"img_size|size"):
+            model(wrong)
+
+
+@torch.no_grad()
+def test_state_goes_round(name, model, tmp_path):
+    x = example(model, batch=1)
+    path = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), path)
+    again = timm.create_model(name, num_classes=CLASSES, checkpoint_path=str(path)).eval()
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.slow
+def test_a_seed_fixes_the_weights(name, made):
+    torch.manual_seed(0)
+    again = timm.create_model(name, num_classes=CLASSES).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in made.state_dict().items())
+
+
+def test_names():
+    own = {name for name in timm.list_models() if name.startswith("va_")}
+    assert set(FAMILIES) == own
+    for name, module in FAMILIES.items():
+        assert timm.models.model_entrypoint(name).__module__ == module.__name__, name
+        # timm groups names by the last part of their module's name: ours must not join its groups.
+        group = module.__name__.rpartition(".")[2]
+        assert set(timm.list_models(module=group)) == set(module.default_cfgs), group
+
+
+IMPORTS = """
+import warnings
+warnings.simplefilter("error", UserWarning)  # timm warns where a name replaces another
+{imports}
+assert timm.is_model("va_pyramid_tiny") and timm.is_model("resnet18")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imports", ["import visattn, timm", "import timm, visattn", "import timm.models, visattn"])
+def test_either_import_order_registers(imports):
+    subprocess.run([sys.executable, "-c", IMPORTS.format(imports=imports)], check=True, timeout=120)
