@@ -236,7 +236,7 @@ def stream_logits(
         if left:
             for k in range(len(kept)):  # one by one, so that planes which overlap their new place need no copy of all
                 kept[k, :left] = kept[k, ready:].clone() if ready < left else kept[k, ready:]
-            kept[:, left:] = 0
+        kept[:, left:] = 0
         first = following
 
 
