@@ -74,7 +74,7 @@ class Components:
             wanted: For each component.
         """
         marks, _ = ndimage.label(mask, _structure(self.faces_only))
-        return np.concatenate([[False], wanted[held.owners]])[marks]
+        return np.asarray(np.concatenate([[False], wanted[held.owners]])[marks], np.bool_)
 
 
 def find_components(

@@ -203,7 +203,8 @@ def _step(entry: Mapping[str, Any] | str, where: str) -> Step:
                 f"It takes: {', '.join(_OPTIONS[name])}"
             )
     labels, together = given.get("labels") or [], given.get("together", False)
-    ml, voxels = given.get("ml"), given.get("voxels")
+    ml: Any = given.get("ml")
+    voxels: Any = given.get("voxels")
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
         raise UserError(f"{where}: labels needs a list of names, as [tumour]; got {labels!r:.60}")
     if not isinstance(together, bool):

@@ -18,7 +18,7 @@ from visattn.data.volumes import find_volume_cases
 from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.inference3d import ViewsOf3d
-from visattn.members import rank_of, read_members
+from visattn.members import read_members
 from visattn.predict_plan import output_folder, shown
 from visattn.predict_record import MANIFEST, Entry, Record, Table
 from visattn.predict_volumes_measure import COLUMNS
@@ -66,7 +66,7 @@ def predict_volumes(
 
     Args:
         inputs: NIfTI files, folders of DICOM files, and folders that are searched with their subfolders.
-        checkpoint: What `visattn.load` takes, of a network for volumes.
+        checkpoint: What `visattn.load` takes, of a network for volumes; or for images, if its recipe names the slices.
         output: Gets `<case>_mask.nii.gz` with the recipe's label values on the voxels of the first channel's file;
             `volumes.csv`, `report.html` and `manifest.json` lie beside them.
         cases_csv: A table with the columns `case` and one for each channel.
@@ -92,8 +92,6 @@ def predict_volumes(
     output = Path(output)
     with output_folder(output) as case_sensitive:
         members = tuple(members or read_members(checkpoint))
-        if rank_of(members[0]) != 3:
-            raise UserError(f"{shown(checkpoint)}: its network takes images, not volumes")
         predictor = VolumePredictor(members, device, overlap, tta, precision)
         channels = predictor.preprocessing.channels
         table = None if cases_csv is None else Path(cases_csv)

@@ -15,6 +15,7 @@ from visattn.data.volumes import VolumeCase, check_contrast, find_volume_cases, 
 from visattn.errors import UserError, unknown
 from visattn.inference3d import VIEWS, ViewsOf3d
 from visattn.members import check_members, find_device, parse_checkpoint, parse_postprocessing, place_networks
+from visattn.slice_network import SliceEngine, SliceNetwork, slice_preprocessing
 from visattn.volume_inference import Engine, Maps
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -62,22 +63,25 @@ class VolumePredictor:
         check_members(self.checkpoints)
         self.labels, preprocessing, threshold = parse_checkpoint(self.checkpoints[0])
         self.postprocessing = parse_postprocessing(self.checkpoints[0])
+        images = None
         if not isinstance(preprocessing, VolumePreprocessing):
-            raise UserError(f"{self.checkpoints[0].path}: its network takes images, not volumes")
+            images, preprocessing = preprocessing, slice_preprocessing(preprocessing, str(self.checkpoints[0].path))
         if tta not in VIEWS:
             raise unknown("tta", tta, VIEWS)
         if not 0 <= overlap < 1:
             raise UserError(f"--overlap {overlap}: must be a share of 0 to below 1, such as 0.5")
         self.preprocessing = preprocessing
         self.recipe = self.checkpoints[0].recipe
-        autocast = computed_in(precision, self.device)
+        # Slices are predicted as images are, in float32 unless something else is asked for.
+        autocast = computed_in("float32" if images and precision == "auto" else precision, self.device)
         # Convolutions of few bits run on matrix units, which want channels last.
-        layout = torch.channels_last_3d if autocast is not None else torch.contiguous_format
+        matrices = autocast is not None and images is None
+        layout = torch.channels_last_3d if matrices else torch.contiguous_format
         self.networks = place_networks(self.checkpoints, self.device)
         for network in self.networks:
             network.to(memory_format=layout)
-        self.engine = Engine(
-            self.networks,
+        self.engine = (Engine if images is None else SliceEngine)(
+            self.networks if images is None else [SliceNetwork(network, images) for network in self.networks],
             self.labels,
             threshold,
             preprocessing.patch,

@@ -86,7 +86,8 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
         "overwrite": options.overwrite,
         "members": members,
     }
-    volumes = rank_of(members[0]) == 3
+    # A network for images may take volumes slice by slice; whether this one does is told where it is loaded.
+    volumes = rank_of(members[0]) == 3 or _are_volumes(options.inputs, options.cases)
     kind, other = ("volumes", "images") if volumes else ("images", "volumes")
     for name in _IMAGES if volumes else _VOLUMES:
         if getattr(options, name) is not None:
@@ -102,3 +103,32 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     threshold = 0.5 if options.threshold is None else options.threshold
     return predict_folder(options.inputs, options.checkpoint, options.output, threshold=threshold, **common)
+
+
+def _are_volumes(inputs: Sequence[Path], cases: Path | None) -> bool:
+    """Whether volumes are given, and no images."""
+    from visattn.data.images import SUFFIXES
+    from visattn.data.nifti import is_nifti
+    from visattn.data.volume_names import is_dicom, is_volume_name
+    from visattn.files import walk_files
+
+    def kind(path: Path) -> str:
+        if path.suffix.lower() in SUFFIXES:
+            return "images"
+        return "volumes" if is_volume_name(path) or is_nifti(path) or is_dicom(path) else ""
+
+    kinds = {"volumes"} if cases is not None else set()
+    for given in inputs:
+        found: set[str] = set()
+        if given.is_file():
+            found = {kind(given)}
+        elif given.is_dir():
+            for _, files in walk_files(given):
+                found |= {kind(path) for path in files if path.is_file()}
+                if "images" in found:  # pictures of volumes beside them, or a few volumes among images
+                    found = {"images"}
+                    break
+        kinds |= found
+    if {"images", "volumes"} <= kinds:
+        raise UserError("predict: some inputs are images, others volumes.\nPredict them one after the other.")
+    return "volumes" in kinds

@@ -29,6 +29,7 @@ from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, Preproc
 from visattn.data.loading import free_cores, make_loader, progress
 from visattn.data.loading import rank as _rank
 from visattn.data.sampler import EpochSampler, ShardSampler
+from visattn.data.slices import Slices
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.errors import UserError
 from visattn.labels import Labels
@@ -63,6 +64,8 @@ class ImageMaskFolder(LightningDataModule):
         scales: Each training batch is seen once at each of these multiples of size.
         seed: Of split, order and augmentation.
         test_root: Like root, for testing only; PraNet's TestDataset with its sets is understood.
+        slices: Where the images are slices of volumes, which ones: axial, coronal or sagittal, or {axis: axial,
+            window: [-20, 120]}; the checkpoint then predicts volumes slice by slice.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class ImageMaskFolder(LightningDataModule):
         scales: list[float] | None = None,
         seed: int = 0,
         test_root: str | list[str] | None = None,
+        slices: str | dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.roots = [root] if isinstance(root, str) else list(root)
@@ -93,6 +97,7 @@ class ImageMaskFolder(LightningDataModule):
             _per_channel("mean", mean, IMAGENET_MEAN, channels),
             _per_channel("std", std, IMAGENET_STD, channels),
             channels,
+            Slices.from_config(slices),
         )
         self.split = Split.from_config(split)
         self.augmenter = build_augmenter(augment, self.labels)

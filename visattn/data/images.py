@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from visattn.data.slices import Slices
 from visattn.errors import UserError
 from visattn.files import open_regular
 
@@ -56,12 +57,14 @@ class Preprocessing:
         mean: Per channel, subtracted after scaling to 0..1.
         std: Per channel, divided by.
         channels: 1 (grey) or 3 (RGB).
+        slices: How a volume is cut into images; None: not at all.
     """
 
     size: tuple[int, int]
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     channels: Literal[1, 3] = 3
+    slices: Slices | None = None
 
     rank: ClassVar[int] = 2
 
@@ -72,13 +75,16 @@ class Preprocessing:
 
     def to_config(self) -> dict[str, Any]:
         """Plain Python that `from_config` reads back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        del config["slices"]
+        return config | ({} if self.slices is None else {"slices": self.slices.to_config()})
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Preprocessing":
         """The inverse of `to_config`."""
         height, width = config["size"]
-        return cls((int(height), int(width)), tuple(config["mean"]), tuple(config["std"]), config["channels"])
+        slices = Slices.from_config(config.get("slices"))
+        return cls((int(height), int(width)), tuple(config["mean"]), tuple(config["std"]), config["channels"], slices)
 
 
 def read_image(path: Path | str, channels: Literal[1, 3] = 3) -> NDArray[np.uint8]:

@@ -31,6 +31,7 @@ KEYS: dict[str, Any] = {
     "scales": None,
     "seed": 0,
     "test_root": None,
+    "slices": None,
 }
 """The arguments of `ImageMaskFolder` and their defaults; a test compares the two."""
 

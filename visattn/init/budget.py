@@ -110,7 +110,7 @@ def _unet3d(levels: Levels, first: int, most: int, why: str) -> Network:
         if not last:
             parameters += filters[level + 1] * width * math.prod(levels.strides[level])
             share, before = share / math.prod(levels.strides[level]), width
-    seconds = 4.8e-5 * products + 0.06 * kept
+    seconds = 1.2 + 5e-5 * products + 0.06 * kept  # the first for augmentation and what else costs the same for all
     return Network("U-Net", arguments, why, parameters, 48 * kept, (0.02, seconds))
 
 
