@@ -14,6 +14,7 @@ from visattn.backbones import (
     biformer,
     biformer_stl,
     dinat_s,
+    halonet,
     maxvit,
     medvit,
     medvit_dina,
@@ -36,6 +37,7 @@ _MODULES: tuple[ModuleType, ...] = (
     agent_cswin,
     partialnet,
     maxvit,
+    halonet,
 )
 FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
 """Registered names and the modules that hold them."""

@@ -125,10 +125,11 @@ class Backbone(nn.Module):
         map_norms: Norms of the maps that `forward_intermediates` gives, one per stage; the un-normalised map goes on to
             the next stage. None: maps are given as they are.
         no_decay: Names of parameters, or ends of names, without weight decay beside biases and vectors.
+        num_features: Channels after `norm`, where it is a convolution that changes them; None: as before.
 
     Attributes:
         feature_info: A record per map: `num_chs`, `reduction`, `module`.
-        num_features: Channels of the last map.
+        num_features: Channels of what `forward_features` gives.
         head_hidden_size: Width of the features before the classifier.
         output_fmt: `NHWC` or `NCHW`, the layout of `forward_features`.
     """
@@ -147,12 +148,13 @@ class Backbone(nn.Module):
         channels_last: bool,
         map_norms: Sequence[nn.Module] | None = None,
         no_decay: Sequence[str] = (),
+        num_features: int | None = None,
     ) -> None:
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
         self.channels_last = channels_last
         self.output_fmt = "NHWC" if channels_last else "NCHW"
-        self.num_features = widths[-1]
+        self.num_features = widths[-1] if num_features is None else num_features
         self.head_hidden_size = head.num_features
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": width, "reduction": reduction, "module": f"stages.{index}"}
