@@ -29,7 +29,7 @@ from visattn.data.volumes import VolumeCase, read_case, read_case_label
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 
-FORMAT = 1
+FORMAT = 2
 POINTS = 10_000
 """The most voxels of each class that are kept as centres of patches; as many as nnU-Net keeps."""
 
