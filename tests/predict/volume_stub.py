@@ -2,9 +2,13 @@
 
 Run as a program it predicts in a process of its own and prints its peak memory:
 volume_stub.py CHECKPOINT OUTPUT INPUT [key=value ...]
+With `serve` behind these it imports everything once. For each line that it reads it predicts in a fork, from the
+beginning if the line is `again`; at the next line it kills the fork and prints how that ended.
 """
 
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -63,7 +67,20 @@ def main():
     from visattn.predict_volumes import predict_volumes
 
     checkpoint, output, given, *rest = sys.argv[1:]
-    options = {key: int(value) for key, value in (pair.split("=") for pair in rest)}
+    options = {key: int(value) for key, value in (pair.split("=") for pair in rest if pair != "serve")}
+    if "serve" in rest:
+        while line := sys.stdin.readline():
+            child = os.fork()
+            if not child:
+                try:
+                    os._exit(predict_volumes([Path(given)], checkpoint, output, **options, overwrite="again" in line))
+                finally:
+                    os._exit(99)
+            print("ready", flush=True)
+            sys.stdin.readline()
+            os.kill(child, signal.SIGKILL)  # not waited for yet, so the number is its own even if it has ended
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        return
     print("ready", flush=True)
     code = predict_volumes([Path(given)], checkpoint, output, **options)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
