@@ -154,6 +154,9 @@ def test_transposed_convolution_is_keras_s(stride):
         ("daunet", {}),
         ("daunet", {"attention_guiding": False}),
         ("daunet", {"dual_attention": "paper"}),
+        ("daunet", {"position_attention": False}),
+        ("daunet", {"channel_attention": False}),
+        ("daunet", {"position_attention": False, "channel_attention": False}),
         ("daunet", {"dual_attention": None, "multi_scale_input": False, "deep_supervision": False}),
     ],
 )
@@ -165,6 +168,9 @@ def test_every_switch_builds_a_network_that_learns(name, options, dims):
     for module in network.modules():
         if isinstance(module, PositionAttention | ChannelAttention):
             nn.init.constant_(module.gamma, 0.5)  # at its start of 0 the projections get no gradient
+    for kind, switch in ((PositionAttention, "position_attention"), (ChannelAttention, "channel_attention")):
+        wanted = name == "daunet" and options.get("dual_attention", "code") is not None and options.get(switch, True)
+        assert any(isinstance(m, kind) for m in network.modules()) == wanted
     assert any(isinstance(m, AttentionGate) for m in network.modules()) == (
         name == "agunet" and options.get("gate", "") is not None
     )

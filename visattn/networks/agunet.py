@@ -134,11 +134,17 @@ class GuidedLevel(nn.Module):
 
 
 class DualAttention(nn.Module):
-    """Position and channel attention side by side, each followed by two convolutions; their sum through a last one."""
+    """Position and channel attention side by side, each followed by two convolutions; their sum through a last one.
 
-    def __init__(self, rank: int, width: int, form: Literal["code", "paper"], dropout: float) -> None:
+    One of the two may be left out, with its convolutions.
+    """
+
+    def __init__(
+        self, rank: int, width: int, form: Literal["code", "paper"], dropout: float, position: bool, channel: bool
+    ) -> None:
         super().__init__()
-        self.pam, self.cam = PositionAttention(width, form=form), ChannelAttention(width, form=form)
+        self.pam = PositionAttention(width, form=form) if position else None
+        self.cam = ChannelAttention(width, form=form) if channel else None
         self.position, self.channel = (
             nn.Sequential(
                 _CONV[rank](width, width, 3, padding=1),
@@ -147,7 +153,9 @@ class DualAttention(nn.Module):
                 nn.Dropout(dropout),
                 _CONV[rank](width, width, 3, padding=1),
             )
-            for _ in range(2)
+            if wanted
+            else None
+            for wanted in (position, channel)
         )
         self.dropout = nn.Dropout(dropout)
         self.conv, self.norm = _CONV[rank](width, width, 1), _norm(rank, width)
@@ -155,9 +163,9 @@ class DualAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, *S) to the same shape."""
         last = x.movedim(1, -1)
-        position = self.position(self.pam(last).movedim(-1, 1))
-        channel = self.channel(self.cam(last).movedim(-1, 1))
-        mixed: Tensor = self.norm(self.conv(self.dropout(position + channel)))
+        branches = ((self.pam, self.position), (self.cam, self.channel))
+        parts = [convs(attend(last).movedim(-1, 1)) for attend, convs in branches if attend is not None and convs]
+        mixed: Tensor = self.norm(self.conv(self.dropout(parts[0] if len(parts) == 1 else parts[0] + parts[1])))
         return mixed
 
 
@@ -289,6 +297,8 @@ def daunet(
     deep_supervision: bool = True,
     attention_guiding: bool = True,
     dual_attention: Literal["code", "paper"] | None = "code",
+    position_attention: bool = True,
+    channel_attention: bool = True,
     dropout: float = 0.5,
     dims: Literal[2, 3] = 3,
     checkpointing: bool = False,
@@ -303,6 +313,8 @@ def daunet(
         deep_supervision: Whether every decoder level has an output.
         attention_guiding: Whether the bottom's attention joins every decoder level.
         dual_attention: Position and channel attention at the bottom: as in the `code`, as in the `paper`, or None.
+        position_attention: Whether the dual attention has its half over positions.
+        channel_attention: Whether it has its half over channels.
         dropout: Share of values that the dual attention drops in training.
         dims: Number of spatial axes.
         checkpointing: Whether the backward pass computes activations again, for less memory and more time.
@@ -314,7 +326,9 @@ def daunet(
     if dual_attention not in ("code", "paper", None):
         raise UserError(f"network 'daunet': dual_attention must be code, paper or null, got {dual_attention!r}")
     depth, width = len(filters), filters[-1]
-    bottom = DualAttention(dims, width, dual_attention, dropout) if dual_attention is not None else None
+    bottom = None
+    if dual_attention is not None and (position_attention or channel_attention):
+        bottom = DualAttention(dims, width, dual_attention, dropout, position_attention, channel_attention)
     levels = [
         GuidedLevel(dims, filters[i + 1], filters[i], width, 2 ** (depth - 1 - i), attention_guiding)
         for i in range(depth - 1)
