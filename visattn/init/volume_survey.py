@@ -95,10 +95,10 @@ class VolumeSurvey:
         return np.asarray(np.maximum(1, np.round(lengths * kept / np.array(self.spacing))), np.float64)
 
     def ct(self, channel: int) -> bool:
-        """Whether a channel is CT: it is called so, or reaches far below 0."""
-        name = self.scan.channels[channel].casefold()
+        """Whether a channel is CT: it is called so, or none is and it reaches far below 0."""
+        named = [name.casefold() == "ct" for name in self.scan.channels]
         lowest = [one.lowest[channel] for one in self.seen if one.lowest]
-        return name == "ct" or (bool(lowest) and float(np.median(lowest)) <= _AIR)
+        return named[channel] or (not any(named) and bool(lowest) and float(np.median(lowest)) <= _AIR)
 
     @property
     def foreground(self) -> dict[int, int]:
