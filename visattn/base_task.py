@@ -133,7 +133,9 @@ class TrainingTask(L.LightningModule):
         if self.ema is not None:
             self.average = WeightAverage(self.network, self.ema)
         if self.data.preprocessing.rank == 3:
-            self.network.to(memory_format=torch.channels_last_3d)  # half the time on matrix units
+            for parameter in self.network.parameters():
+                if parameter.ndim == 5:  # of convolutions: half the time on matrix units
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
         if self.compiled:
             self.network.compile()  # in place: no wrapper, so the names of the weights stay
 

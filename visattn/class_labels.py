@@ -34,6 +34,8 @@ class ClassLabels:
         for name in classes:
             if not isinstance(name, str) or not name.strip():
                 raise UserError(f"labels: the name {name!r:.60} is no text; put it in quotes")
+            if multi_label and "|" in name:
+                raise UserError(f"labels: the name {name!r:.60} holds the | that stands between several labels")
         twice = next((name for name in classes if list(classes).count(name) > 1), None) if len(classes) < 1000 else None
         if twice is not None or len(set(classes)) < len(classes):
             raise UserError(f"labels: a name stands twice{'' if twice is None else f': {twice!r:.60}'}")

@@ -104,14 +104,7 @@ class ClassificationTask(TrainingTask):
 
     def build(self, pretrained: bool | str) -> nn.Module:
         """The network, the loss and the metrics, from the recipe and the data module's classes."""
-        wanted, given = self.data.preprocessing.rank, classifier_rank(self.config["network"])
-        if wanted != given:
-            kinds = {2: "images", 3: "volumes"}
-            raise UserError(
-                f"model.network: '{self.config['network']['name']}' takes {kinds[given]} ({given} axes), the data are "
-                f"{kinds[wanted]} ({wanted} axes).\n"
-                f"Take a network for {kinds[wanted]}, or data of {kinds[given]}."
-            )
+        wanted = self.data.preprocessing.rank
         if self.mixing and self.mixing["cutmix"] and wanted == 3:
             raise UserError("model.mixing: cutmix is for images; volumes take mixup alone")
         if self.mixing and min(self.data.batch_size, len(self.data.cases["train"]) or self.data.batch_size) % 2:
@@ -122,7 +115,16 @@ class ClassificationTask(TrainingTask):
         default = {"name": "bce" if self.labels.multi_label else "cross_entropy"}
         self.loss = build_class_loss(self.config["loss"] or default, self.labels)
         self.validation_metrics = ClassificationMetrics(self.labels)
-        return create_classifier(**{**self.network_arguments(), "pretrained": pretrained})
+        network = create_classifier(**{**self.network_arguments(), "pretrained": pretrained})
+        given = classifier_rank(network)
+        if wanted != given:
+            kinds = {2: "images", 3: "volumes"}
+            raise UserError(
+                f"model.network: '{self.config['network']['name']}' takes {kinds[given]} ({given} axes), the data are "
+                f"{kinds[wanted]} ({wanted} axes).\n"
+                f"Take a network for {kinds[wanted]}, or data of {kinds[given]}."
+            )
+        return network
 
     def prepare(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Images and targets of a training batch, mixed as the recipe says."""

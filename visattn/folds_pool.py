@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from visattn import NOTICE
+from visattn.class_pool import fold_means, is_classification, pooled_row, pooled_scores, tell
 from visattn.errors import UserError
 from visattn.folds_file import Folds
 from visattn.metrics import DETAILS, METRICS, Summary, summarise
@@ -57,8 +58,9 @@ def write_pooled(folds: Folds, splits: Sequence[Mapping[str, Sequence[str]]]) ->
             raise UserError(f"{part.folder}: was scored with other labels than {parts[0].folder}.\nTrain it anew.")
     rows = [row for part in parts for row in part.rows]
     inputs = {key: entry for part in parts for key, entry in part.inputs.items()}
-    table = summarise(rows)
-    write_cases(folds.folder / CASES, [_without_split(row) for row in rows], SPLIT)
+    classes = is_classification(parts[0])
+    scores = pooled_scores(parts) if classes else _pooled_masks(parts, rows)
+    write_cases(folds.folder / CASES, [pooled_row(row) if classes else _without_split(row) for row in rows], SPLIT)
     write_inputs(folds.folder, list(inputs.values()))
     about = parts[0].summary
     write_summary(
@@ -69,8 +71,6 @@ def write_pooled(folds: Folds, splits: Sequence[Mapping[str, Sequence[str]]]) ->
             "split": SPLIT,
             "cases": len({(row["group"], row["case"]) for row in rows}),
             "folds": [_of_fold(folds, number, part) for number, part in enumerate(parts)],
-            "metrics": [asdict(entry) for entry in table],
-            "means": {f"{entry.name}/{entry.metric}": entry.mean for entry in _with_mean(table)},
             "data": {
                 "description": about.get("data", {}).get("description", ""),
                 "fingerprint": folds.fingerprint,
@@ -79,18 +79,20 @@ def write_pooled(folds: Folds, splits: Sequence[Mapping[str, Sequence[str]]]) ->
             "hardware": about.get("hardware"),
             "seconds": round(sum(float(part.summary.get("seconds") or 0) for part in parts), 1),
             "versions": about.get("versions", {}),
-            "labels": parts[0].labels.to_config(),
-            **_pixels(parts),
+            **scores,
         },
     )
-    if inputs:
+    if inputs and not classes:
         write_overlays(folds.folder, rows, inputs, parts[0].labels)
     return write_report(folds.folder)
 
 
 def tell_folds(folds: Folds) -> str:
     """The pooled and the folds' own mean Dice, for the terminal."""
-    summary = read_scored(folds.folder).summary
+    scored = read_scored(folds.folder)
+    summary = scored.summary
+    if is_classification(scored):
+        return tell(summary)
     lines = [f"{entry['run']:>10}: Dice {_shown(entry['means'].get('mean/dice'))}, {entry['cases']} cases"
              for entry in summary["folds"]]  # fmt: skip
     names = [entry for entry in summary["metrics"] if entry["metric"] == "dice"]
@@ -104,14 +106,29 @@ def _shown(value: float | None) -> str:
 
 
 def _of_fold(folds: Folds, number: int, part: Scored) -> dict[str, Any]:
-    table = _with_mean(summarise(part.rows, n=1))
+    means = fold_means(part) if is_classification(part) else _means(_with_mean(summarise(part.rows, n=1)))
     return {
         "run": folds.names[number],
         "cases": len({(row["group"], row["case"]) for row in part.rows}),
         "best_epoch": part.summary.get("best_epoch"),
         "seconds": part.summary.get("seconds"),
-        "means": {f"{entry.name}/{entry.metric}": entry.mean for entry in table},
+        "means": means,
     }
+
+
+def _pooled_masks(parts: Sequence[Scored], rows: Sequence[Row]) -> dict[str, Any]:
+    """What `summary.json` says of the masks of all folds together."""
+    table = summarise(rows)
+    return {
+        "metrics": [asdict(entry) for entry in table],
+        "means": _means(_with_mean(table)),
+        "labels": parts[0].labels.to_config(),
+        **_pixels(parts),
+    }
+
+
+def _means(table: Sequence[Summary]) -> dict[str, float]:
+    return {f"{entry.name}/{entry.metric}": entry.mean for entry in table}
 
 
 def _with_mean(table: Sequence[Summary]) -> list[Summary]:

@@ -88,7 +88,7 @@ class ClassPreprocessing:
 
         std = torch.tensor(self.std).view(-1, *[1] * self.rank)
         mean = torch.tensor(self.mean).view(-1, *[1] * self.rank)
-        values = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0).float()
+        values = torch.tensor(np.ascontiguousarray(image)).movedim(-1, 0).float()
         if tuple(values.shape[1:]) != self.size:
             values = F.interpolate(values[None], self.size, mode="trilinear", align_corners=False)[0]
         return values.mul_(1 / (255 * std)).sub_(mean / std).contiguous()

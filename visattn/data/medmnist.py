@@ -180,9 +180,7 @@ class MedMNIST(ClassDataModule):
             if kind != np.uint8 or shape[1:] != headers["train_images"][0][1:]:
                 raise UserError(f"{self.path}: {part}_images holds {kind} {shape}, not uint8 of one size")
             if truths[part].dtype.kind not in "iu" or len(truths[part]) != len(images[part]):
-                raise UserError(
-                    f"{self.path}: {part}_labels are not a whole number for each of {len(images[part])} images"
-                )
+                raise UserError(f"{self.path}: {part}_labels are not whole numbers, one for each of the images")
         return images, truths
 
 

@@ -60,10 +60,11 @@ def check_classifier(config: Mapping[str, Any]) -> None:
 
     plain = {**config, "name": str(config["name"]).partition(".")[0]} if "name" in config else config
     chosen("network", plain, timm.list_models())
-    if ":" in config["name"] or not timm.is_model(config["name"]):
-        tags = timm.list_pretrained(f"{plain['name']}.*")
+    base, dot, _ = config["name"].partition(".")
+    tags = timm.list_pretrained(f"{base}.*") if dot else []
+    if ":" in config["name"] or (dot and config["name"] not in tags):
         raise UserError(
-            f"network '{config['name']}': no such weights.{did_you_mean(config['name'], tags)}\n"
+            f"network '{config['name'][:200]}': no such weights.{did_you_mean(config['name'], tags)}\n"
             f"Known: {', '.join(tags[:8]) or 'none'}"
         )
     for key in config:
@@ -98,10 +99,11 @@ def _explained(name: str, options: Mapping[str, Any], error: Exception) -> UserE
         return UserError(f"network '{name}' cannot be built with these arguments ({type(error).__name__}: {first})")
     valid: list[str] = []
     trace = error.__traceback__
-    while trace is not None:  # timm's builder holds the class that refused
-        model = trace.tb_frame.f_locals.get("model_cls")
-        if inspect.isclass(model):
-            valid = [key for key in inspect.signature(model).parameters if key not in RESERVED]
+    while trace is not None:  # the builders of timm and ours hold what refused
+        local = trace.tb_frame.f_locals
+        for model in (local.get("builder"), local.get("model_cls")):
+            if inspect.isclass(model) or inspect.isfunction(model):
+                valid = [key for key in inspect.signature(model).parameters if key not in RESERVED] or valid
         trace = trace.tb_next
     listed = f"\nIt takes: {', '.join(valid)[:300]}" if valid else ""
     return UserError(f"network '{name}' has no argument '{wrong}'.{did_you_mean(wrong, valid)}{listed}")

@@ -1,5 +1,6 @@
 """The content of a classifier's report: what its scored folder holds, turned into what the template shows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,8 +68,21 @@ def class_context(summary: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, 
         "counted": "cases",
         "classes": labels.names,
         "multi_label": labels.multi_label,
-        "folds": summary.get("folds") or [],
+        "folds": _folds(summary.get("folds") or []),
     }
+
+
+def _folds(folds: Any) -> list[tuple[str, float, float, int]]:
+    """Name, AUC, accuracy and number of cases of each fold."""
+    try:
+        found = []
+        for fold in folds:
+            auc, accuracy = (fold["means"][f"{ALL}/{key}"] for key in ("auc", "accuracy"))
+            numbers = [math.nan if value is None else float(value) for value in (auc, accuracy)]
+            found.append((str(fold["run"]), numbers[0], numbers[1], int(fold["cases"])))
+        return found
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{SUMMARY}: its folds have another form: {error}.\n{AGAIN}") from error
 
 
 def _entries(summary: Mapping[str, Any]) -> list[Summary]:
