@@ -1,4 +1,4 @@
-"""The list of timm's checks that our models are not put to: every entry names registered models, checks and a reason."""
+"""The list of timm's checks that our models are not put to: entries name registered models, checks and a reason."""
 
 import fnmatch
 import tomllib

@@ -1,9 +1,9 @@
-"""Runs timm's own tests/test_models.py on our 2-D names, as a plugin of pytest; timm's file is not part of this repository.
+"""Runs timm's own tests/test_models.py, which is no part of this repository, on our 2-D names: a plugin of pytest.
 
-    PYTHONPATH=tests/backbones python -m pytest -p timm_checks -c /dev/null .../pytorch-image-models/tests/test_models.py
+    PYTHONPATH=tests/backbones python -m pytest -p timm_checks -c /dev/null .../timm-1.0.31/tests/test_models.py
 
-Take the file of the installed timm's release (its source archive on PyPI has it). What timm_deselected.toml lists is left
-out, and so are timm's own models. `-k va_nat_mini` takes one model.
+Take the file of the release of timm that is installed (its source archive on PyPI has it). timm's own models are left
+out, and what timm_deselected.toml lists. `-k va_nat_mini` takes one model.
 """
 
 import fnmatch
@@ -26,7 +26,7 @@ def images(name: str) -> bool:
     return timm.get_pretrained_cfg_value(name, "input_size") is not None
 
 
-def ours(filter: str | list[str] = "", module: object = "", **kwargs: object) -> list[str]:
+def ours(filter="", module="", **kwargs):  # noqa: A002, the name is timm's
     """`timm.list_models` of our names; families in files of ours stand in no list of timm's modules."""
     if kwargs.pop("pretrained", False):
         return []

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor, nn
 
 from visattn.attention import PartialChannelAttention, PartialSelfAttention, PartialSpatialAttention
@@ -49,6 +49,7 @@ class MapNorm(nn.Module):
         return batch_norm(self.norm, x)
 
 
+@register_notrace_module  # the norm asks how many positions there are
 class Patches(nn.Module):
     """A convolution over patches that do not overlap, without bias, and a batch norm.
 
