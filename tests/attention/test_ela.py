@@ -36,6 +36,16 @@ def test_loops_agree(reference, variant, dim, size):
         torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_norm_may_have_other_groups():
+    block = EfficientLocalAttention(144, variant="T", norm_groups=16)
+    assert block.gn.num_groups == 16
+    assert "norm_groups=16" in repr(block)
+    with pytest.raises(ValueError, match="multiple of 32, got 144"):
+        EfficientLocalAttention(144, variant="T")
+    with pytest.raises(ValueError, match="multiple of 40, got 48"):
+        EfficientLocalAttention(48, norm_groups=5)
+
+
 def test_one_block_takes_maps_and_volumes():
     block = EfficientLocalAttention(32)
     assert block(torch.zeros(1, 4, 5, 32)).shape == (1, 4, 5, 32)

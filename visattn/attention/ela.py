@@ -15,6 +15,7 @@ As in the official code, convolution and norm are shared by all axes, while the 
 Legend: B batch, *S spatial axes, C channels, L length of an axis.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -53,18 +54,22 @@ class EfficientLocalAttention(nn.Module):
         dim: Channels C, a multiple of the norm's groups: 32 for `T`, else 16.
         variant: `T`: kernel 5, depthwise. `B`: kernel 7, depthwise. `S`: kernel 5, 8 channels a group. `L`: kernel 7,
             8 channels a group.
+        norm_groups: Groups of the norm, a divisor of `dim`; None: the variant's. For widths that those do not divide.
     """
 
     supported_ranks: ClassVar[tuple[int, ...]] = (2, 3)
 
-    def __init__(self, dim: int, *, variant: Variant = "L") -> None:
+    def __init__(self, dim: int, *, variant: Variant = "L", norm_groups: int | None = None) -> None:
         super().__init__()
         self.dim = check.positive("dim", dim)
         self.variant = check.choice("variant", variant, tuple(SETTINGS))
         setting = SETTINGS[variant]
-        step = max(setting.norm_groups, setting.group_channels)
+        groups = setting.norm_groups if norm_groups is None else check.positive("norm_groups", norm_groups)
+        step = math.lcm(groups, setting.group_channels)
         if dim % step:
-            raise ValueError(f"variant {variant!r} needs dim to be a multiple of {step}, got {dim}")
+            raise ValueError(
+                f"variant {variant!r} with {groups} norm groups needs dim to be a multiple of {step}, got {dim}"
+            )
         self.conv = nn.Conv1d(
             dim,
             dim,
@@ -73,7 +78,7 @@ class EfficientLocalAttention(nn.Module):
             groups=dim // setting.group_channels,
             bias=False,
         )
-        self.gn = nn.GroupNorm(setting.norm_groups, dim)
+        self.gn = nn.GroupNorm(groups, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate `x` (B, *S, C), of two or three spatial axes; the same shape comes back."""
@@ -99,4 +104,4 @@ class EfficientLocalAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings shown by `repr`."""
-        return f"dim={self.dim}, variant={self.variant!r}"
+        return f"dim={self.dim}, variant={self.variant!r}, norm_groups={self.gn.num_groups}"

@@ -18,9 +18,11 @@ from visattn.backbones import (
     maxvit,
     medvit,
     medvit_dina,
+    mobilenetv2_ela,
     nat,
     partialnet,
     pyramid,
+    resnet_ela,
 )
 
 _MODULES: tuple[ModuleType, ...] = (
@@ -38,6 +40,8 @@ _MODULES: tuple[ModuleType, ...] = (
     partialnet,
     maxvit,
     halonet,
+    mobilenetv2_ela,
+    resnet_ela,
 )
 FAMILIES: dict[str, ModuleType] = {name: module for module in _MODULES for name in module.default_cfgs}
 """Registered names and the modules that hold them."""
