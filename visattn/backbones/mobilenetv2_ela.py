@@ -144,4 +144,4 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def va_mobilenetv2_ela_l(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The authors' network; `width_mult` and `ela` vary it."""
-    return build(mobilenetv2_ela, "va_mobilenetv2_ela_l", pretrained, out_indices=(0, 1, 2, 3, 4), **kwargs)
+    return build(mobilenetv2_ela, "va_mobilenetv2_ela_l", pretrained, **{"out_indices": (0, 1, 2, 3, 4), **kwargs})
