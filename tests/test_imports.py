@@ -46,7 +46,7 @@ LEVELS: list[set[str]] = [
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
     {"checkpoint", "convert", "evaluate_show"},
-    {"callbacks", "checkpoint_io", "members", "survival", "volume_inference"},
+    {"callbacks", "checkpoint_io", "members", "predict_common", "survival", "volume_inference"},
     {"predict_volumes_measure", "predict_volumes_plan", "scoring", "slice_network"},
     {"volume_predictor"},
     {"base_task", "predict_volumes_report", "predict_volumes_run"},

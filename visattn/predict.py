@@ -4,10 +4,8 @@ While the network works on one batch, a few threads read the next images and wri
 in memory at a time is bounded. A bad image fails alone; the batch goes on and the exit code tells.
 """
 
-import errno
 import hashlib
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from visattn.checkpoint import LIBRARIES, Checkpoint
+from visattn.checkpoint import Checkpoint
 from visattn.data.images import prepare, read_image
 from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
@@ -30,15 +28,14 @@ from visattn.inference import TTA, TestTimeAugmentation
 from visattn.labels import Labels
 from visattn.members import find_device, parse_checkpoint, read_members
 from visattn.overlay import draw_overlay, encode_png, foreground_masks
-from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases, shown
+from visattn.predict_common import Outcomes, about, explained_end, tell_end, tell_folds, weights_of
+from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases
 from visattn.predict_record import IMAGES, MANIFEST, Entry, Record, file_hash
 from visattn.predictor import Predictor
 from visattn.progress import Bar
-from visattn.versions import library_versions
 
 RULES = 1  # raise it when the same weights and settings begin to give other files
 BATCH = {"cuda": 16, "mps": 4, "cpu": 1}  # on a CPU a larger batch is no faster (docs/predict.md)
-FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 T = TypeVar("T")
 
@@ -102,59 +99,20 @@ def predict_folder(
         if labels.activation == "softmax" and threshold != 0.5:
             raise UserError("--threshold: this network tells several classes apart, and the largest probability wins.")
         cases = plan_cases(images, output, labels, probabilities, overlays, case_sensitive)
-        hashes = [member.sha256 for member in members]
-        weights = hashes if len(hashes) > 1 else hashes[0]
-        settings = {"weights": weights, "threshold": threshold, "tta": tta, "rules": RULES}
-        about = {
-            "versions": library_versions(LIBRARIES),
-            "checkpoint": {"path": str(content.path), "sha256": content.sha256}
-            if len(members) == 1
-            else {"path": str(checkpoint), "folds": [{"path": str(m.path), "sha256": m.sha256} for m in members]},
-            "recipe": content.recipe,
-            "labels": content.labels,
-            "training_data": content.data,
-            "device": str(place),
-        }
-        record = Record(output, settings, about, fresh=overwrite)
+        settings = {"weights": weights_of(members), "threshold": threshold, "tta": tta, "rules": RULES}
+        record = Record(output, settings, about(members, checkpoint, place), overwrite)
         todo = record.unfinished(cases, overwrite)
         check_space(todo, output, labels.channels)
         predictor = Predictor(members, device) if todo else None
         failed = 0
-        if len(members) > 1:
-            print(f"mean of {len(members)} folds: {shown(checkpoint)}", file=sys.stderr)
-        try:
+        tell_folds(members, checkpoint)
+        with explained_end(output):
             record.start(todo)
             if predictor is not None:
                 failed = _Run(predictor, record, output, threshold, tta).run(todo)
-        except KeyboardInterrupt:
-            print("stopped. What is finished is recorded; the same command goes on from here", file=sys.stderr)
-            raise
-        except OSError as error:
-            if error.errno not in FATAL:
-                raise
-            raise UserError(
-                f"--output {shown(output)}: {error.strerror}. Finished masks are whole and recorded.\n"
-                "Make room and give the same command again to go on."
-            ) from error
-        _tell_end(output, record, len(cases) - len(todo), len(todo) - failed, failed, overlays, probabilities)
+        beside = [IMAGES.file, MANIFEST, *(["overlays/"] * overlays), *(["probabilities/"] * probabilities)]
+        tell_end(output, record, f"{len(todo) - failed} predicted", len(cases) - len(todo), failed, beside)
     return 1 if failed else 0
-
-
-def _tell_end(
-    output: Path, record: Record, kept: int, done: int, failed: int, overlays: bool, probabilities: bool
-) -> None:
-    parts = [f"{done} predicted"]
-    parts += [f"{kept} unchanged and kept"] if kept else []
-    parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
-    beside = [
-        f"{IMAGES.file}, {MANIFEST}",
-        *(["overlays/"] if overlays else []),
-        *(["probabilities/"] if probabilities else []),
-    ]
-    lines = [", ".join(parts), f"masks: {shown(output)} ({', '.join(beside)})"]
-    if record.others:
-        lines.append(f"{record.others} masks of other weights or settings lie there too; they are not in {IMAGES.file}")
-    print("\n".join(lines), file=sys.stderr)
 
 
 class _Run:
@@ -171,16 +129,17 @@ class _Run:
         self.batch = BATCH[predictor.device.type]
         self.threads = min(4, max(2, os.cpu_count() or 1))
         self.writing: deque[tuple[Case, Future[Entry]]] = deque()
-        self.failed = 0
 
     def run(self, cases: Sequence[Case]) -> int:
         """Predict `cases` and return how many failed."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="visattn")
+        self.bar = Bar("predicting", len(cases))
+        self.outcomes = Outcomes(self.record, self.bar, "memory does not suffice for this image", 1)
         try:
-            with Bar("predicting", len(cases)) as self.bar:
+            with self.bar:
                 batch: list[Decoded] = []
                 for case, future in _ahead(pool, self._decode, cases, self.batch + self.threads):
-                    decoded = self._result(case, future)
+                    decoded = self.outcomes.of(case, future)
                     if decoded is not None:
                         batch.append(decoded)
                     if len(batch) == self.batch:
@@ -190,18 +149,8 @@ class _Run:
                 self._collect(0)
         finally:
             pool.shutdown(cancel_futures=True)
-            self._save_at_the_end()
-        return self.failed
-
-    def _save_at_the_end(self) -> None:
-        try:
-            for case, future in self.writing:  # after an interruption: what was written meanwhile
-                if future.done() and not future.cancelled() and future.exception() is None:
-                    self.record.done(case, future.result())
-            self.record.save()
-        except OSError:
-            if sys.exception() is None:
-                raise  # else the disk is full, and that is being told already
+            self.outcomes.save(self.writing)
+        return self.outcomes.failed
 
     def _decode(self, case: Case) -> Decoded:
         started = time.monotonic()
@@ -217,7 +166,7 @@ class _Run:
         for decoded, probability in self._infer(batch, self.batch):
             seconds = decoded.seconds + (time.monotonic() - started) / max(1, len(batch))
             if probability is None:
-                self._fail(decoded.case, "the device's memory does not suffice; try --device cpu")
+                self.outcomes.fail(decoded.case, "the device's memory does not suffice; try --device cpu")
                 continue
             self.writing.append((decoded.case, pool.submit(self._write, decoded, probability, seconds)))
             self._collect(self.threads)
@@ -276,35 +225,11 @@ class _Run:
         """Take up finished writes, oldest first, until at most `limit` are under way."""
         while self.writing and (len(self.writing) > limit or self.writing[0][1].done()):
             case, future = self.writing[0]
-            entry = self._result(case, future)
+            entry = self.outcomes.of(case, future)
             self.writing.popleft()
             if entry is not None:
                 self.record.done(case, entry)
                 self.bar.advance()
-
-    def _result(self, case: Case, future: "Future[T]") -> T | None:
-        """What a thread made of a case; its error, if any, fails the case and not the run."""
-        try:
-            return future.result()
-        except UserError as error:
-            self._fail(case, str(error))
-        except OSError as error:
-            if error.errno in FATAL:
-                raise
-            self._fail(case, f"{error.filename or case.image}: {error.strerror or error}")
-        except MemoryError:
-            self._fail(case, f"{case.image}: memory does not suffice for this image")
-        return None
-
-    def _fail(self, case: Case, error: str) -> None:
-        self.failed += 1
-        self.record.failed(case, error)
-        self.bar.advance()
-        message = shown(" ".join(error.split()))
-        if self.failed <= 20:
-            self.bar.say(f"failed: {message}")
-        elif self.failed == 21:
-            self.bar.say(f"failed: more; all are listed in {MANIFEST}")
 
 
 def _ahead(

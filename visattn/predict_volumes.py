@@ -7,24 +7,23 @@ batch goes on and the exit code tells.
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visattn.checkpoint import LIBRARIES, Checkpoint
+from visattn.checkpoint import Checkpoint
 from visattn.data.volumes import find_volume_cases
-from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.inference3d import ViewsOf3d
 from visattn.members import read_members
-from visattn.predict_plan import output_folder, shown
+from visattn.predict_common import about, explained_end, tell_end, tell_folds, weights_of
+from visattn.predict_plan import output_folder
 from visattn.predict_record import MANIFEST, Entry, Record, Table
 from visattn.predict_volumes_measure import COLUMNS
-from visattn.predict_volumes_plan import VolumeOutput, Wanted, check_disk, plan_volumes
+from visattn.predict_volumes_plan import Wanted, check_disk, plan_volumes
 from visattn.predict_volumes_report import REPORT, write_report
-from visattn.predict_volumes_run import FATAL, Run, grids_of
+from visattn.predict_volumes_run import Run, grids_of
 from visattn.versions import library_versions
 from visattn.volume_predictor import Precision, VolumePredictor
 
@@ -98,59 +97,33 @@ def predict_volumes(
         found, problems = find_volume_cases([Path(given) for given in inputs], channels, table, skip=output)
         wanted = Wanted(probabilities, uncertainty, uncertainty and predictor.engine.members > 1, overlays, bids)
         planned = plan_volumes(found, problems, output, wanted, case_sensitive)
-        record = Record(output, _settings(predictor), _about(predictor, checkpoint), fresh=overwrite, table=VOLUMES)
+        record = Record(output, _settings(predictor), about(members, checkpoint, predictor.device), overwrite, VOLUMES)
         todo = record.unfinished(planned, overwrite)
         todo.sort(key=lambda entry: entry.case is not None)  # what is known to fail is told before the network runs
         grids = grids_of(todo)
         check_disk(todo, grids, output, predictor.labels)
-        if len(members) > 1:
-            print(f"mean of {len(members)} folds: {shown(checkpoint)}", file=sys.stderr)
+        tell_folds(members, checkpoint)
         failed = 0
         started = time.monotonic()
-        try:
+        with explained_end(output):
             record.start(todo)
             if todo:
                 failed = Run(predictor, record, output, memory).run(todo, grids)
             _finish(output, record, predictor, bids)
-        except KeyboardInterrupt:
-            print("stopped. What is finished is recorded; the same command goes on from here", file=sys.stderr)
-            raise
-        except OSError as error:
-            if error.errno not in FATAL:
-                raise
-            raise UserError(
-                f"--output {shown(output)}: {error.strerror}. Finished masks are whole and recorded.\n"
-                "Make room and give the same command again to go on."
-            ) from error
-        _tell_end(output, record, planned, len(todo), failed, time.monotonic() - started)
+        done = f"{len(todo) - failed} predicted in {time.monotonic() - started:.0f} s"
+        tell_end(output, record, done, len(planned) - len(todo), failed, (VOLUMES.file, REPORT, MANIFEST))
     return 1 if failed else 0
 
 
 def _settings(predictor: VolumePredictor) -> dict[str, Any]:
     """What decides a mask besides the scan. Memory bound and device do not."""
     engine = predictor.engine
-    hashes = [member.sha256 for member in predictor.checkpoints]
     return {
-        "weights": hashes if len(hashes) > 1 else hashes[0],
+        "weights": weights_of(predictor.checkpoints),
         "overlap": engine.overlap,
         "tta": engine.tta,
         "precision": "float32" if engine.autocast is None else "bfloat16",
         "rules": RULES,
-    }
-
-
-def _about(predictor: VolumePredictor, checkpoint: Path | str) -> dict[str, Any]:
-    first, members = predictor.checkpoints[0], predictor.checkpoints
-    return {
-        "versions": library_versions(LIBRARIES),
-        "checkpoint": {"path": str(first.path), "sha256": first.sha256}
-        if len(members) == 1
-        else {"path": str(checkpoint), "folds": [{"path": str(m.path), "sha256": m.sha256} for m in members]},
-        "recipe": first.recipe,
-        "labels": first.labels,
-        "preprocessing": first.preprocessing,
-        "training_data": first.data,
-        "device": str(predictor.device),
     }
 
 
@@ -174,17 +147,3 @@ def _description(predictor: VolumePredictor) -> str:
         "Weights": hashlib.sha256("".join(m.sha256 for m in predictor.checkpoints).encode()).hexdigest(),
     }
     return json.dumps(content, indent=2) + "\n"
-
-
-def _tell_end(
-    output: Path, record: Record, planned: Sequence[VolumeOutput], todo: int, failed: int, seconds: float
-) -> None:
-    kept = len(planned) - todo
-    parts = [f"{todo - failed} predicted in {seconds:.0f} s"]
-    parts += [f"{kept} unchanged and kept"] if kept else []
-    parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
-    print(", ".join(parts), file=sys.stderr)
-    print(f"masks: {shown(output)} ({VOLUMES.file}, {REPORT}, {MANIFEST})", file=sys.stderr)
-    if record.others:
-        text = f"{record.others} masks of other weights or settings lie there too; they are not in {VOLUMES.file}"
-        print(text, file=sys.stderr)

@@ -1,6 +1,5 @@
 """One pass over the cases: read ahead, predict, write behind; within a bound on memory."""
 
-import errno
 import math
 import os
 import resource
@@ -10,7 +9,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,16 +22,15 @@ from visattn.data.volumes import check_contrast, image_geometry, read_case
 from visattn.errors import UserError
 from visattn.overlay import write_png
 from visattn.overlay3d import draw_planes
+from visattn.predict_common import Outcomes
 from visattn.predict_plan import shown
-from visattn.predict_record import MANIFEST, Entry, Record, file_hash, inputs_hash
+from visattn.predict_record import Entry, Record, file_hash, inputs_hash
 from visattn.predict_volumes_measure import measure
 from visattn.predict_volumes_plan import VolumeOutput
 from visattn.progress import Bar
 from visattn.scratch import Scratch, release
 from visattn.volume_inference import Maps
 from visattn.volume_predictor import VolumePredictor
-
-FATAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _SHARE = 0.7  # of the free memory that is taken if nothing was said
 _MOST_DRAWN = 2**25  # voxels
@@ -87,7 +84,6 @@ class Run:
         self.predictor, self.record, self.output = predictor, record, output
         self.engine = predictor.engine
         self.memory = memory
-        self.failed = 0
         self.writing: tuple[VolumeOutput, Future[Entry]] | None = None
 
     def run(self, outputs: Sequence[VolumeOutput], grids: Sequence[Geometry]) -> int:
@@ -97,8 +93,10 @@ class Run:
         self.left = self._left()
         pool = ThreadPoolExecutor(2, thread_name_prefix="visattn")
         ahead: Future[Ready] | None = None
+        self.bar = Bar("predicting", sum(counts))
+        self.outcomes = Outcomes(self.record, self.bar, "memory does not suffice for this volume; try --memory")
         try:
-            with Bar("predicting", sum(counts)) as self.bar:
+            with self.bar:
                 expected = 0
                 for index, (entry, grid) in enumerate(zip(outputs, grids, strict=True)):
                     self.bar.expect(sum(counts), f"case {index + 1} of {len(outputs)}, windows")
@@ -108,7 +106,7 @@ class Run:
                         self._collect()
                     scratch = Scratch(None if self._need(grid) <= self.left else self.output)
                     current, ahead = ahead or pool.submit(self._read, entry, scratch), None
-                    ready = self._result(entry, current)
+                    ready = self.outcomes.of(entry, current)
                     following = index + 1 < len(outputs) and self._need(grids[index + 1]) <= self.left / 4
                     if small and following:
                         ahead = pool.submit(self._read, outputs[index + 1], Scratch())
@@ -122,8 +120,8 @@ class Run:
                 self._collect()
         finally:
             pool.shutdown(cancel_futures=True)
-            self._save_at_the_end()
-        return self.failed
+            self.outcomes.save([] if self.writing is None else [self.writing])
+        return self.outcomes.failed
 
     def _windows(self, grid: Geometry) -> int:
         return self.engine.grid(self._size(grid)).count
@@ -224,15 +222,15 @@ class Run:
                 advance=self.bar.advance,
             )
         except torch.OutOfMemoryError:
-            self._fail(entry, f"{entry.image}: the device's memory does not suffice; try --device cpu")
+            self.outcomes.fail(entry, f"{entry.image}: the device's memory does not suffice; try --device cpu")
             return
         except MemoryError:
-            self._fail(entry, f"{entry.image}: memory does not suffice; try --memory")
+            self.outcomes.fail(entry, f"{entry.image}: memory does not suffice; try --memory")
             return
         except ValueError as error:
             if "rows are fewer" not in str(error):
                 raise
-            self._fail(entry, f"{entry.image}: --memory does not suffice for its windows; give more")
+            self.outcomes.fail(entry, f"{entry.image}: --memory does not suffice for its windows; give more")
             return
         seconds = ready.seconds + time.monotonic() - started
         self._collect()
@@ -286,42 +284,9 @@ class Run:
         """Wait for the case that is being written, if there is one."""
         if self.writing is not None:
             (entry, future), self.writing = self.writing, None
-            done = self._result(entry, future)
+            done = self.outcomes.of(entry, future)
             if done is not None:
                 self.record.done(entry, done)
-
-    def _result(self, entry: VolumeOutput, future: "Future[Any]") -> Any:
-        """What a thread made of a case; its error, if any, fails the case and not the run."""
-        try:
-            return future.result()
-        except UserError as error:
-            self._fail(entry, str(error))
-        except OSError as error:
-            if error.errno in FATAL:
-                raise
-            self._fail(entry, f"{error.filename or entry.image}: {error.strerror or error}")
-        except MemoryError:
-            self._fail(entry, f"{entry.image}: memory does not suffice for this volume; try --memory")
-        return None
-
-    def _fail(self, entry: VolumeOutput, error: str) -> None:
-        self.failed += 1
-        self.record.failed(entry, error)
-        if self.failed <= 20:
-            self.bar.say(f"failed: {shown(' '.join(error.split()))}")
-        elif self.failed == 21:
-            self.bar.say(f"failed: more; all are listed in {MANIFEST}")
-
-    def _save_at_the_end(self) -> None:
-        try:
-            if self.writing is not None:  # after an interruption: what was written meanwhile
-                entry, future = self.writing
-                if future.done() and not future.cancelled() and future.exception() is None:
-                    self.record.done(entry, future.result())
-            self.record.save()
-        except OSError:
-            if sys.exception() is None:
-                raise  # else the disk is full, and that is being told already
 
 
 def _coarse(
