@@ -75,8 +75,9 @@ def ask(tree):
         check_keys(tree)
         model, data = (tree[section]["init_args"] for section in ("model", "data"))
         _named(tree["data"]["class_path"])(**data)
-        SegmentationTask(**model)
-        check_loss(model["loss"])
+        _named(tree["model"]["class_path"])(**model)
+        if _named(tree["model"]["class_path"]) is SegmentationTask:
+            check_loss(model["loss"])
         backbone = model["network"].get("backbone")
         if backbone is not None and not timm.is_model(backbone):
             _build(backbone, 3, 3, False, {})  # where the network is built
