@@ -231,7 +231,7 @@ default_cfgs = generate_default_cfgs(
 def va_pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """The pyramid with every argument free; see `pyramid`."""
     stages = len(kwargs.get("depths", (2, 2, 6, 2)))
-    return build(pyramid, "va_pyramid", pretrained, out_indices=tuple(range(stages)), **kwargs)
+    return build(pyramid, "va_pyramid", pretrained, **{"out_indices": tuple(range(stages)), **kwargs})
 
 
 @register_model
