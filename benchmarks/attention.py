@@ -32,13 +32,13 @@ from torch import Tensor, nn
 CASES = Path(__file__).resolve().parent / "attention_cases"
 
 
-def cases(names: list[str]) -> Iterator[tuple]:
+def cases(names: list[str], folder: Path = CASES) -> Iterator[tuple]:
     """Every case of the modules named, or of all."""
-    known = {path.stem: path for path in sorted(CASES.glob("*.py"))}
+    known = {path.stem: path for path in sorted(folder.glob("*.py"))}
     for name in names or known:
         if name not in known:
             sys.exit(f"no cases named {name!r}; there are {', '.join(known)}")
-        spec = importlib.util.spec_from_file_location(f"attention_cases_{name}", known[name])
+        spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", known[name])
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         yield from module.CASES

@@ -313,8 +313,10 @@ def arguments(official: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 _CFG = config("stem.layers.0")
-_SMALL: dict[str, Any] = {"depths": (4, 4, 18, 4)}
-_BASE: dict[str, Any] = {"depths": (4, 4, 18, 4), "widths": (96, 192, 384, 768)}
+# Stochastic depth as in the authors' training commands.
+_TINY: dict[str, Any] = {"drop_path_rate": 0.1}
+_SMALL: dict[str, Any] = {"depths": (4, 4, 18, 4), "drop_path_rate": 0.15}
+_BASE: dict[str, Any] = {"depths": (4, 4, 18, 4), "widths": (96, 192, 384, 768), "drop_path_rate": 0.4}
 
 default_cfgs = generate_default_cfgs({"va_biformer_tiny": _CFG, "va_biformer_small": _CFG, "va_biformer_base": _CFG})
 
@@ -322,7 +324,7 @@ default_cfgs = generate_default_cfgs({"va_biformer_tiny": _CFG, "va_biformer_sma
 @register_model
 def va_biformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """BiFormer-T, 13.1 M parameters."""
-    return build(biformer, "va_biformer_tiny", pretrained, **kwargs)
+    return build(biformer, "va_biformer_tiny", pretrained, **{**_TINY, **kwargs})
 
 
 @register_model

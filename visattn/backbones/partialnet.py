@@ -262,11 +262,11 @@ def arguments(official: Mapping[str, Tensor]) -> dict[str, Any]:
 _CFG = config("stem.conv")
 _PLANS: dict[str, dict[str, Any]] = {
     "t0": {"act": "gelu"},
-    "t1": {"embed_dim": 48, "act": "gelu", "pat_sp": True},
-    "t2": {"embed_dim": 64, "depths": (2, 2, 6, 4)},
-    "s": {"embed_dim": 96, "depths": (2, 2, 9, 4)},
-    "m": {"embed_dim": 128, "depths": (2, 3, 16, 4)},
-    "l": {"embed_dim": 160, "depths": (2, 3, 20, 4)},
+    "t1": {"embed_dim": 48, "act": "gelu", "pat_sp": True, "drop_path_rate": 0.02},
+    "t2": {"embed_dim": 64, "depths": (2, 2, 6, 4), "drop_path_rate": 0.05},
+    "s": {"embed_dim": 96, "depths": (2, 2, 9, 4), "drop_path_rate": 0.1},
+    "m": {"embed_dim": 128, "depths": (2, 3, 16, 4), "drop_path_rate": 0.2},
+    "l": {"embed_dim": 160, "depths": (2, 3, 20, 4), "drop_path_rate": 0.3},
 }
 
 default_cfgs = generate_default_cfgs({f"va_partialnet_{size}": _CFG for size in _PLANS})
