@@ -238,10 +238,23 @@ def test_attention_map_of_reduced_keys_is_refused():
 
 
 @pytest.mark.slow  # tracing takes seconds
-def test_reduced_keys_export_for_a_range_of_sizes():
-    block = AgentAttention(16, 2, variant="pvt", sr_ratio=2, agent_num=4, window_size=8).eval()
-    axes = {1: torch.export.Dim("height", min=9, max=24), 2: torch.export.Dim("width", min=9, max=24)}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "pvt", "sr_ratio": 2},
+        {"variant": "pvt", "sr_ratio": 3},
+        {"variant": "cswin", "split_size": 7},
+        {"variant": "cswin", "split_size": 3},
+        {"variant": "cswin", "split_size": None},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_other_forms_export_for_a_range_of_sizes(settings):
+    """Numbers of strips and of reduced keys are quotients, of which a tracer knows little."""
+    block = randomised(AgentAttention(16, 2, agent_num=4, window_size=8, **settings)).float()
+    axes = {0: torch.export.Dim("batch", min=1, max=4)}
+    axes |= {1: torch.export.Dim("height", min=9, max=24), 2: torch.export.Dim("width", min=9, max=24)}
     exported = torch.export.export(block, (torch.randn(2, 12, 10, 16),), dynamic_shapes=(axes,), strict=False)
-    for size in ((9, 9), (24, 11)):
-        x = torch.randn(2, *size, 16)
-        torch.testing.assert_close(exported.module()(x), block(x))
+    for batch, *size in ((1, 9, 9), (4, 24, 11), (3, 14, 21)):
+        x = torch.randn(batch, *size, 16)
+        torch.testing.assert_close(exported.module()(x), block(x), rtol=1e-4, atol=1e-5)

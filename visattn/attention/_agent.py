@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.attention._resample import linear_weights, resize_linear
-from visattn.attention._windows import certain
+from visattn.attention._windows import certain, regroup
 
 TABLE_SIDE = 7  # an_bias and na_bias are stored on a 7 x 7 grid whatever the map
 AXES = "dhw"  # names of the last one, two or three axes
@@ -70,12 +70,14 @@ def table_bias(grid: Tensor, lines: Sequence[Tensor], weights: Sequence[Tensor])
         if not certain(line.shape[-1] == size):
             line = torch.matmul(line, linear_weights(line.shape[-1], size, line).mT)  # (h, n, size)
         if axis == last:
-            bias = torch.matmul(bias.reshape(heads, agents, TABLE_SIDE**axis, TABLE_SIDE), weights[axis].mT)
+            bias = torch.matmul(regroup(bias, (heads, agents, TABLE_SIDE**axis, TABLE_SIDE)), weights[axis].mT)
             bias = bias.add_(line[:, :, None])  # (h, n, rows, size)
         else:
-            bias = bias.reshape(heads, agents, TABLE_SIDE**axis, TABLE_SIDE, bias.shape[-1])
-            bias = torch.matmul(weights[axis], bias).add_(line[:, :, None, :, None]).flatten(-2)  # (h, n, rows, done)
-    return bias.flatten(2)
+            rows, done = TABLE_SIDE**axis, bias.shape[-1]
+            bias = torch.matmul(weights[axis], regroup(bias, (heads * agents * rows, TABLE_SIDE, done)))
+            bias = regroup(bias, (heads, agents, rows, size, done)).add_(line[:, :, None, :, None])
+            bias = regroup(bias, (heads, agents, rows, size * done))
+    return bias[:, :, 0]
 
 
 def biases(

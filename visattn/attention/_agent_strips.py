@@ -14,7 +14,7 @@ from visattn.attention._agent import agent_weights, biases, register_tables, two
 from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool
-from visattn.attention._windows import flat_index, known_zero, window_partition, window_reverse
+from visattn.attention._windows import flat_index, known_zero, regroup, window_partition, window_reverse
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -91,8 +91,8 @@ class AgentStrips(nn.Module):
             drop = self.attn_drop if self.training else 0.0
             out = two_steps(self._split(q), self._split(k), self._split(v), self._split(agents), bias, drop)
             out = out.transpose(2, 3).flatten(-2)  # (B, T, P, C)
-        maps = v.reshape(v.shape[0] * v.shape[1], *strip, v.shape[-1])
-        return window_reverse(out + depthwise(self.get_v, maps).reshape(v.shape), strip, size, counts)
+        maps = regroup(v, (v.shape[0] * v.shape[1], *strip, v.shape[-1]))
+        return window_reverse(out + regroup(depthwise(self.get_v, maps), v.shape), strip, size, counts)
 
     def attention_map(self, qkv: Tensor, query: Sequence[int]) -> Tensor:
         """How much the token at index `query` attends to every token of the map (3, B, *S, C): (B, h, *S)."""
@@ -112,14 +112,16 @@ class AgentStrips(nn.Module):
 
     def _agents(self, q: Tensor, size: Sequence[int], strip: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Agents (B, T, n, C), times the scale, of the queries `q` (B, T, P, C), and the biases of both steps."""
-        agents = pool(q.reshape(q.shape[0] * q.shape[1], *strip, q.shape[-1]), self.grid)
-        agents = agents.reshape(q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1]) * self.scale
+        agents = pool(regroup(q, (q.shape[0] * q.shape[1], *strip, q.shape[-1])), self.grid)
+        agents = regroup(agents, (q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1])) * self.scale
         bias = biases(self, strip, strip, (self.stored_grid, self.grid))
         counts = self._counts(size)
         if known_zero(*(count * side - each for each, side, count in zip(size, strip, counts, strict=True))):
             return agents, bias
         real = window_partition(torch.ones((1, *size, 1), device=q.device), strip, counts)[0]  # (T, P, 1)
-        share = pool(real.reshape(-1, *strip, 1), self.grid).flatten(1, -2)  # (T, n, 1), how much of a cell is map
+        share = pool(regroup(real, (real.shape[0], *strip, 1)), self.grid).flatten(
+            1, -2
+        )  # (T, n, 1), how much of a cell is map
         agents = agents / share.clamp(min=1e-6).to(agents.dtype)
         return agents, (blocked(real).mT[:, None] + bias[0], blocked(share)[:, None] + bias[1])
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from visattn.attention._windows import regroup
+
 
 def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
     """The matrix (target, source) of linear interpolation with half-pixel centres; the identity for equal sizes.
@@ -43,9 +45,9 @@ def along_axes(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     size = list(x.shape)
     for axis in range(len(weights) - 1, -1, -1):
         rows, columns = math.prod(size[: axis + 1]), math.prod(size[axis + 2 :])
-        x = torch.matmul(weights[axis], x.reshape(rows, size[axis + 1], columns))  # (rows, T_i, columns)
+        x = torch.matmul(weights[axis], regroup(x, (rows, size[axis + 1], columns)))  # (rows, T_i, columns)
         size[axis + 1] = weights[axis].shape[0]
-    return x.reshape(size)
+    return regroup(x, size)
 
 
 def resize_linear(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -50,6 +50,18 @@ def short_of(size: int, least: int) -> int:
     return 0 if certain(size >= least) else max(least - size, 0)
 
 
+def regroup(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """`x.reshape(shape)`; under torch.export by a copy, which asks nothing about symbolic sizes.
+
+    A reshape asks whether one size is a multiple of another. That is not known of quotients, as the number of strips of
+    a map is one, and the program would serve only those maps for which the answer is the same.
+    """
+    if not torch.compiler.is_exporting():
+        return x.reshape(*shape)
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return x.clone(memory_format=torch.contiguous_format).as_strided(tuple(shape), strides)
+
+
 def room(count: int) -> int:
     """`count`, or one more under torch.export where it is symbolic and might be one.
 
@@ -178,7 +190,7 @@ def _split(x: Tensor, outer: Sequence[int], inner: Sequence[int], outer_first: b
         x = x.reshape(batch, *(size for pair in zip(outer, inner, strict=True) for size in pair), channels)
     x = x.permute(_order(len(outer), outer_first))  # from (B, o1, i1, o2, i2, ..., C)
     first, second = (math.prod(outer), math.prod(inner)) if outer_first else (math.prod(inner), math.prod(outer))
-    return x.reshape(batch, first, second, channels)  # (B, W, T, C)
+    return regroup(x, (batch, first, second, channels))  # (B, W, T, C)
 
 
 def _merge(
