@@ -229,16 +229,21 @@ def test_a_command_that_does_not_exist_is_refused(line, word, accepts, tmp_path)
 
 
 @pytest.mark.parametrize("block", YAML_BLOCKS)
-def test_recipe_fragments_are_accepted(block):
+def test_recipe_fragments_are_accepted(block, monkeypatch):
     """A YAML block is a recipe, or a part of one that lies over the packaged recipe."""
+    from visattn.data import DATA
     from visattn.fit import parse
-    from visattn.recipe import check, find_recipe, load_recipe, merge, read_yaml, resolve
+    from visattn.recipe import TASKS, check, class_name, find_recipe, load_recipe, merge, read_yaml
 
     name, network = ("hippocampus_unet3d", "unet3d") if "VolumeFolder" in block.text else ("polyp_pranet", "pranet")
+    if any(word in block.text for word in ("ClassificationTask", "MedMNIST", "ImageFolder")):
+        name, network = "medmnist_medvitv2", "convnext_tiny" if "convnext_tiny" in block.text else "va_medvit_tiny"
+        monkeypatch.setattr("visattn.data.medmnist._find", lambda root, flag, native: Path(root, f"{flag}.npz"))
+        monkeypatch.setattr("visattn.data.medmnist._shape", lambda path: (28, 28))
     tree = merge(load_recipe(find_recipe(name)), read_yaml(block.text, "page"))
     check(tree)
-    full = {section: resolve([name], [])[1][section]["class_path"] for section in ("model", "data")}
-    for section, path in full.items():
+    for section, names in (("model", TASKS), ("data", DATA)):
+        path = names[class_name(section, tree[section]["class_path"], names)]
         tree[section] = {**tree[section], "class_path": path}
     task, _ = parse(tree).build()
     assert task.config["network"]["name"] == network
