@@ -154,6 +154,13 @@ def predict(bench: Bench, name: str, inputs: list[Path], checkpoint: Path, *more
     return output
 
 
+def most_marked(masks: Path) -> list[Path]:
+    """The heads with the largest predictions: masks that mark nothing agree easily."""
+    with (masks / "volumes.csv").open(newline="") as handle:
+        rows = sorted(csv.DictReader(handle), key=lambda row: -float(row["ml"]))
+    return [Path(row["image"]) for row in rows[:COMPARED]]
+
+
 def agreement(one: Path, other: Path) -> dict[str, Any]:
     """Voxels in which two masks differ, and their Dice."""
     import numpy as np
@@ -259,11 +266,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gpu_volumes", help="heads, runs, masks, logs")
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
     parser.add_argument("--seconds", type=float, default=330, help="training time to fill")
-    parser.add_argument("--deadline", type=float, default=530, help="seconds for everything")
-    parser.add_argument("--reserve", type=float, default=100, help="of them for what comes after training")
+    parser.add_argument("--deadline", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--reserve", type=float, default=120, help="of them for what comes after training")
     parser.add_argument("--epochs", type=int, help="default: what fits --seconds")
     parser.add_argument("--train", type=int, metavar="COUNT", help="heads to train on, in place of the phantom's 100")
-    parser.add_argument("--heads", type=int, default=60, help="unseen heads to predict")
+    parser.add_argument("--heads", type=int, default=40, help="unseen heads to predict")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="more keys of the recipe")
     bench = Bench(parser.parse_args())
     options = bench.options
@@ -285,7 +292,7 @@ def main() -> None:
     folder = options.work / "heads" / "imagesTr"
     masks = predict(bench, "predicted", [folder], checkpoint, "--device", options.device, "--overlays")
     results: dict[str, Any] = {"scores": scores(bench, masks), "agreement": {}}
-    few = sorted(folder.glob("*.nii.gz"))[:COMPARED]
+    few = most_marked(masks)
     device = "CPU" if options.device == "cpu" else "GPU"
     slow = predict(bench, "predicted_cpu", few, checkpoint, "--device", "cpu")
     exact = predict(bench, "predicted_float32", few, checkpoint, "--device", options.device, "--precision", "float32")

@@ -123,7 +123,7 @@ def test_each_bad_file_is_named_and_the_good_ones_finish(tmp_path, network, capf
     assert lines[-1] == "failed: more; all are listed in manifest.json"
     assert len({re.search(r"/(\w+)\.nii", line)[1] for line in lines[:-1]}) == 20
     assert told.count("failed: ") == 21
-    assert told.index("failed: ") < told.index("note: ")
+    assert told.rindex("failed: ") < told.index("note: ")
     assert f"{len(expected)} predicted" in told
     notes = [line for line in told.splitlines() if line.startswith("note: ")]
     assert len(notes) == 3
@@ -169,6 +169,20 @@ def test_only_bad_files(tmp_path, network, capfd):
     assert sorted(path.name for path in (tmp_path / "out").glob("*.*") if not path.name.startswith(".")) == [
         *("manifest.json", "report.html", "volumes.csv"),
     ]
+    assert network[0].windows == []
+
+
+def test_a_link_that_leads_out_of_the_output_is_refused_before_the_network_runs(tmp_path, network, capfd):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    nibabel.save(nibabel.Nifti1Image(array_of(0), np.eye(4)), tmp_path / "in" / "sub" / "a.nii")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sub").symlink_to(tmp_path / "elsewhere")
+    checkpoint = stub.write_checkpoint(tmp_path / "c.ckpt")
+    command = ["predict", str(tmp_path / "in"), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "a link that leads out of the output folder" in capfd.readouterr().err
+    assert list((tmp_path / "elsewhere").iterdir()) == []
     assert network[0].windows == []
 
 
