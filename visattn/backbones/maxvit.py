@@ -114,6 +114,7 @@ def maxvit(
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.normal_(module.bias, std=1e-6 if ".mlp." in name else 0.0)
+    network.register_load_state_dict_pre_hook(_fit_on_load)  # type: ignore[no-untyped-call]
     return network
 
 
@@ -130,30 +131,47 @@ def unused(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict of timm with position tables for the partition of `model`, and linear layers as matrices.
 
-    Tables are resized by timm's own rule. A table stored as a list of offsets does not tell the sides of its window: it
-    is taken for a square one if it can be, as in timm.
+    A table stored as a list of offsets does not tell the sides of its window: it is taken for a square one if it can
+    be, as in timm.
     """
-    height, width = next(each.window_size for each in model.modules() if isinstance(each, WindowAttention))
-    sides = (2 * height - 1, 2 * width - 1)
+    partition = _partition(model)
     own = model.state_dict()
     tensors = {}
     for key, value in official.items():
         tensors[key] = value
         if key.endswith(TABLE):
-            flat = value.ndim == 2
-            square = not flat or math.isqrt(len(value)) ** 2 == len(value)
-            shape = (math.prod(sides), value.shape[1]) if flat else (value.shape[0], *sides)
-            # Of equal numbers of offsets only those of square windows are sure to be in the same order.
-            if square and (tuple(value.shape) != shape or (flat and height != width)):
-                with warnings.catch_warnings():
-                    # Of torch, about how timm's interpolation indexes; its result is tested.
-                    warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
-                    tensors[key] = layers.resize_rel_pos_bias_table(
-                        value, new_window_size=(height, width), new_bias_shape=shape
-                    )
+            tensors[key] = _resized(value, partition, always=value.ndim == 2 and partition[0] != partition[1])
         elif key in own and value.ndim == 4 and own[key].ndim == 2 and value.numel() == own[key].numel():
             tensors[key] = value.flatten(1)  # from the time when timm stored them as 1x1 convolutions
     return tensors
+
+
+def _partition(model: nn.Module) -> tuple[int, int]:
+    height, width = next(each.window_size for each in model.modules() if isinstance(each, WindowAttention))
+    return height, width
+
+
+def _resized(table: Tensor, partition: tuple[int, int], always: bool = False) -> Tensor:
+    """`table` for windows of `partition` by timm's rule; as it is where it fits, unless `always`, or is no table."""
+    sides = (2 * partition[0] - 1, 2 * partition[1] - 1)
+    flat = table.ndim == 2
+    shape = (math.prod(sides), table.shape[1]) if flat else (table.shape[0], *sides)
+    square = math.isqrt(len(table)) ** 2 == len(table) if flat else table.ndim == 3
+    if not square or (tuple(table.shape) == shape and not always):
+        return table
+    with warnings.catch_warnings():
+        # Of torch, about how timm's interpolation indexes; its result is tested.
+        warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
+        out: Tensor = layers.resize_rel_pos_bias_table(table, new_window_size=partition, new_bias_shape=shape)
+    return out
+
+
+def _fit_on_load(model: nn.Module, state: dict[str, Any], prefix: str, *_others: Any) -> None:
+    """Before `load_state_dict`: tables of weights in our own form that were saved for another partition."""
+    partition = _partition(model)
+    for key, value in state.items():
+        if key.startswith(prefix) and key.endswith(TABLE):
+            state[key] = _resized(value, partition)
 
 
 _CONFIG = config("stem.conv1", crop_pct=0.95, license="apache-2.0", paper_ids="arXiv:2204.01697")
