@@ -221,6 +221,25 @@ def build_mixer(mixer: Mixer, dim: int, rank: int) -> nn.Module:
         raise UserError(f"attention '{name}' with {dim} channels: {error}") from error
 
 
+class PatchMerging(nn.Module):
+    """Swin's downsampling: four neighbours become one position of twice the channels, by a norm and a linear layer."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C); odd sides are padded with zeros at the end."""
+        height, width = x.shape[1:3]
+        if height % 2 or width % 2:
+            x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        # The channels of the four come in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
+        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
+        out: Tensor = self.reduction(self.norm(x))
+        return out
+
+
 class ToChannelsLast(nn.Module):
     """(B, C, *S) to (B, *S, C)."""
 

@@ -24,7 +24,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -32,28 +31,9 @@ from visattn.attention import AgentAttention, WindowAttention
 from visattn.backbones._agent import Block, Patches, Size, fit_official, fit_on_load, image_size, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
 from visattn.backbones._build import build, config
-from visattn.blocks import drop_path_rates, init_linear
+from visattn.blocks import PatchMerging, drop_path_rates, init_linear
 
 REDUCTIONS = (4, 8, 16, 32)
-
-
-class Merge(nn.Module):
-    """Four neighbours become one position of twice the channels: a norm and a linear layer."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), 2 C)."""
-        height, width = x.shape[1:3]
-        if height % 2 or width % 2:
-            x = nn.functional.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        # The channels of the four come in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
-        x = torch.cat([x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)], dim=-1)
-        out: Tensor = self.reduction(self.norm(x))
-        return out
 
 
 def agent_swin(
@@ -106,7 +86,7 @@ def agent_swin(
                 shift = i % 2 * (window // 2)
                 attention = WindowAttention(width, heads[index], window_size=window, shift_size=shift)
             blocks.append(Block(width, attention, mlp_ratio, 1e-5, rates[index][i]))
-        stages.append(Stage(nn.Identity() if index == 0 else Merge(widths[index - 1]), blocks))
+        stages.append(Stage(nn.Identity() if index == 0 else PatchMerging(widths[index - 1]), blocks))
     network = Backbone(
         Patches(in_chans, dim, 4, img_size=None if dynamic_img_size else size),
         stages,

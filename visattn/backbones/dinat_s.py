@@ -15,9 +15,9 @@ from torch import nn
 
 from visattn.backbones import nat
 from visattn.backbones._build import build, config
-from visattn.backbones.agent_swin import Merge
 from visattn.backbones.nat import DILATIONS, ORIGIN, neighborhood_transformer
 from visattn.backbones.pyramid import patch_stem
+from visattn.blocks import PatchMerging
 
 PATCH = 4
 
@@ -47,7 +47,7 @@ default_cfgs = generate_default_cfgs({f"va_dinat_s_{size}": config("stem.1", **O
 
 
 def _dinat_s(size: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    plan = {"mlp_ratio": 4, "dilations": DILATIONS, "stem": _stem, "downsample": Merge}
+    plan = {"mlp_ratio": 4, "dilations": DILATIONS, "stem": _stem, "downsample": PatchMerging}
     arguments = {**plan, **SIZES[size], **kwargs}
     return build(neighborhood_transformer, f"va_dinat_s_{size}", pretrained, **arguments)
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from visattn.attention import CrossContextualAttention, WindowAttention
-from visattn.blocks import Mlp, drop_path, drop_path_rates, init_linear
+from visattn.blocks import Mlp, PatchMerging, drop_path, drop_path_rates, init_linear
 from visattn.errors import UserError, unknown
 from visattn.networks._sizes import crop, pad_to_multiple
 from visattn.weights import load_renamed
@@ -83,21 +83,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The map of patches."""
         out: Tensor = self.norm(self.proj(x).movedim(1, -1))
-        return out
-
-
-class PatchMerging(nn.Module):
-    """Four neighbours become one token: (B, H, W, C) to (B, H/2, W/2, 2C)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The coarser map; the neighbours' order is down first, then right."""
-        parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
-        out: Tensor = self.reduction(self.norm(torch.cat(parts, dim=-1)))
         return out
 
 
