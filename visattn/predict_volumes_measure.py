@@ -14,7 +14,7 @@ from scipy.spatial.distance import cdist
 from visattn.components import Components, Size3, find_components
 from visattn.data.geometry import Geometry
 from visattn.labels import Labels
-from visattn.scratch import release
+from visattn.scratch import copied
 
 COLUMNS = (
     *("class", "voxels", "ml", "components", "largest_ml", "largest_diameter_mm"),
@@ -54,8 +54,7 @@ def measure(indices: NDArray[np.uint8], geometry: Geometry, labels: Labels) -> l
 
 
 def _slab(indices: NDArray[np.uint8], table: NDArray[np.bool_], part: slice) -> NDArray[np.bool_]:
-    mask = table[indices[:, :, part]]
-    release(indices)
+    mask: NDArray[np.bool_] = table[copied(indices[:, :, part])]
     return mask
 
 

@@ -28,7 +28,7 @@ from visattn.predict_record import Entry, Record, file_hash, inputs_hash
 from visattn.predict_volumes_measure import measure
 from visattn.predict_volumes_plan import VolumeOutput
 from visattn.progress import Bar
-from visattn.scratch import Scratch, release
+from visattn.scratch import Scratch, copied
 from visattn.volume_inference import Maps
 from visattn.volume_predictor import VolumePredictor
 
@@ -262,8 +262,7 @@ class Run:
         dtype = labels.decode(np.zeros(1, np.uint8)).dtype.type
         with StreamWriter(self.output / entry.mask, geometry, dtype, labels=True) as writer:
             for part in slabs(geometry.shape, 2**21):
-                writer.append(labels.decode(np.asarray(maps.indices[:, :, part])))
-                release(maps.indices)
+                writer.append(labels.decode(copied(maps.indices[:, :, part])))
         rows = measure(maps.indices, geometry, labels)
         return Entry(
             image=str(entry.image),
@@ -294,7 +293,7 @@ def _coarse(
 ) -> tuple[NDArray[np.float32], Geometry, NDArray[np.uint8]]:
     """Of a very large volume every second voxel, or third: a picture shows no more."""
     step = math.ceil((indices.size / _MOST_DRAWN) ** (1 / 3))
-    image, indices = image[::step, ::step, ::step], np.ascontiguousarray(indices[::step, ::step, ::step])
+    image, indices = (copied(array[::step, ::step, ::step]) for array in (image, indices))
     i, j, k = indices.shape
     return image, Geometry((i, j, k), geometry.affine @ np.diag([step, step, step, 1.0])), indices
 
@@ -305,8 +304,7 @@ def _write_map(path: Path, volume: NDArray[np.float32], geometry: Geometry) -> N
     with StreamWriter(path, geometry, np.float32, channels) as writer:
         for one in volume if volume.ndim == 4 else [volume]:
             for part in slabs(geometry.shape, 2**22):
-                writer.append(one[:, :, part])
-                release(volume)
+                writer.append(copied(one[:, :, part]))
 
 
 def duration(seconds: float) -> str:

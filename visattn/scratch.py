@@ -56,11 +56,35 @@ array made of that tensor, know the address and nothing else."""
 
 def release(array: NDArray[Any]) -> None:
     """Give back the memory of an array that lies in a file; its content stays. Nothing happens for any other."""
+    owner = _owner(array)
+    if owner is not None:
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+def copied(view: NDArray[Any]) -> NDArray[Any]:
+    """A copy of a part of an array; where that lies in a file, little of the file is in memory at a time.
+
+    A slab along the axis that is closest together in memory touches every page of the file, however thin it is.
+    """
+    if _owner(view) is None or not view.size:
+        return view.copy()
+    slowest = int(np.argmax(np.abs(view.strides)))
+    step = max(1, SMALL // max(1, abs(view.strides[slowest])))
+    result = np.empty(view.shape, view.dtype)
+    into, source = np.moveaxis(result, slowest, 0), np.moveaxis(view, slowest, 0)
+    for low in range(0, len(source), step):
+        into[low : low + step] = source[low : low + step]
+        release(view)
+    return result
+
+
+def _owner(array: NDArray[Any]) -> mmap.mmap | None:
+    """The map of the file that an array lies in."""
     address = array.__array_interface__["data"][0]
     for start, (stop, reference) in list(_MAPS.items()):
-        owner = reference()
-        if start <= address < stop and owner is not None:
-            owner.madvise(mmap.MADV_DONTNEED)
+        if start <= address < stop:
+            return reference()
+    return None
 
 
 class Pieces:
