@@ -68,3 +68,14 @@ class Golden:
         if "noise" in facts:
             return difference / (max(20 * facts["noise"], 5e-6) * float(np.abs(stored).max()))
         return difference / (2e-5 * facts["std"])
+
+    def check_backbone(self, model: torch.nn.Module) -> None:
+        """Every stored output of every case, logits and the maps of all stages, against what `model` gives."""
+        for case in self.cases:
+            with torch.no_grad():
+                last, maps = model.forward_intermediates(self.input(case))
+                found = {f"stage{number}": each for number, each in enumerate(maps, 1)}
+                found["logits"] = model.forward_head(last)
+            assert set(found) == set(self.facts["cases"][case]["outputs"])
+            for name, value in found.items():
+                assert self.error(case, name, value) < 1, name

@@ -52,14 +52,7 @@ def test_whole_models(golden, variant):
     official = case.state_dict()
     model = visattn.load_official(f"va_{variant}", official)
     assert official_count(model) == case.facts["parameters"]
-    for index in case.cases:
-        with torch.no_grad():
-            last, maps = model.forward_intermediates(case.input(index))
-            found = {f"stage{number}": each for number, each in enumerate(maps, 1)}
-            found["logits"] = model.forward_head(last)
-        assert set(found) == set(case.facts["cases"][index]["outputs"])
-        for name, value in found.items():
-            assert case.error(index, name, value) < 1, name
+    case.check_backbone(model)
 
 
 def test_official_entries_are_taken_over_whole(golden):
