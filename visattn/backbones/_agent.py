@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
+from visattn.attention._windows import certain
 from visattn.blocks import Mlp, drop_path
 from visattn.errors import UserError
 
@@ -132,7 +133,7 @@ def check_size(x: Tensor, img_size: Size | None) -> None:
 
 def resized_grid(grid: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """`grid` (1, H, W, C) at another height and width, by `bilinear` or `bicubic` interpolation; itself if it fits."""
-    if tuple(grid.shape[1:3]) == tuple(size):
+    if all(certain(old == new) for old, new in zip(grid.shape[1:3], size, strict=True)):
         return grid
     return F.interpolate(grid.movedim(-1, 1), size=tuple(size), mode=mode).movedim(1, -1)
 
