@@ -34,12 +34,7 @@ def name(request):
 @pytest.fixture(scope="module")
 def made(name):
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=CLASSES).eval()
-    for module in model.modules():
-        # Where a residual branch ends in a factor that begins at 0, nothing of it would be seen.
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
-            nn.init.ones_(module.weight)
-    return model
+    return timm.create_model(name, num_classes=CLASSES).eval()
 
 
 @pytest.fixture
@@ -102,7 +97,7 @@ def test_learns_with_and_without_checkpointing(made, model):
     results = []
     for again in (False, True):
         model.set_grad_checkpointing(again)
-        model.load_state_dict(made.state_dict())  # training moves running statistics
+        model.load_state_dict(begin)  # training moves running statistics
         model.zero_grad()
         torch.manual_seed(0)
         logits = model(x)
