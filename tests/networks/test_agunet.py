@@ -97,11 +97,19 @@ def test_a_missing_and_a_strange_entry_are_named(official):
         load_official("agunet", official | {"conv3d_99.kernel": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name", ["agunet", "daunet"])
-def test_official_weights_round_trip(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("agunet", {}),
+        ("daunet", {}),
+        ("daunet", {"position_attention": False}),
+        ("daunet", {"channel_attention": False, "attention_guiding": False}),
+    ],
+)
+def test_official_weights_round_trip(name, options):
     """What the names say leads back to the same network, by name and not by position."""
     torch.manual_seed(0)
-    network = with_statistics(create_model(name, **SMALL))
+    network = with_statistics(create_model(name, **SMALL, **options))
     state = network.state_dict()
     theirs = {official: state[ours].clone() for ours, official in official_names(network)}
     for key in theirs:
@@ -111,7 +119,7 @@ def test_official_weights_round_trip(name):
     assert list(shuffled) != list(theirs)
     x = torch.randn(1, 1, 12, 12, 12)
     with torch.no_grad():
-        torch.testing.assert_close(load_official(name, shuffled, **SMALL)(x), network(x), rtol=0, atol=0)
+        torch.testing.assert_close(load_official(name, shuffled, **SMALL, **options)(x), network(x), rtol=0, atol=0)
 
 
 def test_daunet_without_the_projections_that_keras_never_saves():

@@ -10,7 +10,9 @@ def add(commands: Any) -> None:
     """Register the command."""
     text = "look at a data set and this machine, and write a recipe that trains on it"
     parser = commands.add_parser("init", help=text, description=text)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="data set: a folder with images and masks, or volumes with labels")
+    parser.add_argument(
+        "folder", type=Path, metavar="DIR", help="data set: a folder with images and masks, or volumes with labels"
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="RECIPE.yaml", help="file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     parser.set_defaults(call=_call)

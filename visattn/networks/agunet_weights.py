@@ -78,10 +78,10 @@ def _creation_order(network: AttentionUNet) -> Iterator[nn.Module]:
         yield from layers(block)
     if isinstance(network.bottom, DualAttention):
         dual = network.bottom
-        yield dual.pam
-        yield from layers(dual.position)
-        yield dual.cam
-        yield from layers(dual.channel)
+        for attention, convolutions in ((dual.pam, dual.position), (dual.cam, dual.channel)):
+            if attention is not None and convolutions is not None:
+                yield attention
+                yield from layers(convolutions)
         yield from (dual.conv, dual.norm)
     for level in reversed(network.decoder):
         if isinstance(level, GatedLevel):
