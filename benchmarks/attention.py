@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +33,21 @@ from torch import Tensor, nn
 CASES = Path(__file__).resolve().parent / "attention_cases"
 
 
+def load(folder: Path, name: str) -> ModuleType:
+    """The module `name` of a folder of cases."""
+    spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def cases(names: list[str], folder: Path = CASES) -> Iterator[tuple]:
     """Every case of the modules named, or of all."""
-    known = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    known = sorted(path.stem for path in folder.glob("*.py"))
     for name in names or known:
         if name not in known:
             sys.exit(f"no cases named {name!r}; there are {', '.join(known)}")
-        spec = importlib.util.spec_from_file_location(f"{folder.name}_{name}", known[name])
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield from module.CASES
+        yield from load(folder, name).CASES
 
 
 def medians(functions: dict[str, Callable[[], object]], runs: int) -> dict[str, float]:

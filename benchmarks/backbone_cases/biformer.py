@@ -1,20 +1,10 @@
 """BiFormer against the official formulation, from its definition: permutes, windows, a gather from all windows."""
 
-import importlib.util
-from pathlib import Path
-
+from attention import CASES as BLOCKS
+from attention import load
 from torch import Tensor, nn
 
 from visattn.backbones.biformer import official_name
-
-
-def attention_cases(name: str) -> object:
-    """The module of that name among the cases of attention blocks, which hold the official formulations of blocks."""
-    path = Path(__file__).resolve().parent.parent / "attention_cases" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"attention_cases_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class OfficialLePE(nn.Module):
@@ -62,7 +52,7 @@ class OfficialBiFormer(nn.Module):
 
     def __init__(self, depths: tuple[int, ...], widths: tuple[int, ...], topks: tuple[int, ...]) -> None:
         super().__init__()
-        routed = attention_cases("bilevel").OfficialBiLevel
+        routed = load(BLOCKS, "bilevel").OfficialBiLevel
 
         def step(dim: int, dim_out: int) -> list[nn.Module]:
             return [nn.Conv2d(dim, dim_out, 3, 2, 1), nn.BatchNorm2d(dim_out)]

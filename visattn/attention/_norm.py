@@ -14,6 +14,7 @@ Legend: B batch, *S spatial axes, N positions, C channels, G groups of values th
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -99,10 +100,20 @@ def batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
         return out
     statistics = None
     if uses_batch(norm, count):
+        if x.is_contiguous() and x.dtype == norm.weight.dtype:
+            return _dense_batch_norm(norm, x.reshape(count, x.shape[-1])).reshape(x.shape)
         mean, variance = moments(x.reshape(1, count, x.shape[-1]))
         statistics = mean[0], variance[0]
     scale, shift = scale_and_shift(norm, statistics, count)
     return multiply_add(x, scale, shift)
+
+
+def _dense_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """`norm` in training of dense rows `x` (N, C), on which torch's own kernel is several times quicker."""
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, share, norm.eps)
 
 
 def multiply_add(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
