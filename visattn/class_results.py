@@ -34,19 +34,7 @@ def write_results(
 ) -> Path | None:
     """Write `cases.csv`, `summary.json`, `inputs.json`, `curves.png` and `report.html`.
 
-    Every process of a distributed run calls this, since the cases are gathered; the first one writes.
-
-    Args:
-        folder: The run folder, or the folder of one evaluation.
-        task: Has just validated or tested after `start_scoring`.
-        data: The data module.
-        split: `val` or `test`.
-        checkpoint: The weights that were scored.
-        seconds: How long the training or evaluation took.
-        epoch: Epoch of the checkpoint, counted from 0.
-
-    Returns:
-        The report, or None where this process writes nothing or the extra `report` is not installed.
+    Arguments and result are those of `visattn.results.write_results`, and like there every process calls this.
     """
     keys, table = task.validation_metrics.table()
     if not is_first_process():
