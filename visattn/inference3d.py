@@ -224,6 +224,7 @@ def stream_logits(
                 kept = logits.new_zeros((logits.shape[1], deep, wanted.stop - wanted.start, width))
             for position, window in zip(chosen, logits, strict=True):
                 _add(kept, window, kernel, grid, position, first, wanted)
+            del logits, window  # before the next ones take as much again
             rest[0] = rest[0][len(chosen) :]
             rest = rest if rest[0] else rest[1:]
             if advance is not None:
