@@ -226,3 +226,13 @@ assert timm.is_model("va_pyramid_tiny") and timm.is_model("resnet18")
 @pytest.mark.parametrize("imports", ["import visattn, timm", "import timm, visattn", "import timm.models, visattn"])
 def test_either_import_order_registers(imports):
     subprocess.run([sys.executable, "-c", IMPORTS.format(imports=imports)], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiles(name, model):
+    if name not in FAST:
+        pytest.skip("one per family")
+    x = example(model, batch=1)
+    traced = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
