@@ -10,8 +10,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from visattn import results
-from visattn.data.cases import PHANTOM, PHANTOM_SEED, Case
+from visattn.data.cases import Case
 from visattn.data.phantom import phantom_images
+from visattn.data.phantoms import PHANTOM, PHANTOM_SEED
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
 from visattn.metrics import SUITES, SegmentationMetrics, case_metrics

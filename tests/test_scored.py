@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visattn.data.cases import PHANTOM, embedded
+from visattn.data.cases import embedded
+from visattn.data.phantoms import PHANTOM
 from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.overlay import write_png

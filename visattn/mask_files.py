@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data import nifti
-from visattn.data.cases import PHANTOM
 from visattn.data.geometry import Geometry
 from visattn.data.images import image_size, read_mask
+from visattn.data.phantoms import PHANTOM
 from visattn.data.volume_case import VolumeCase, read_case, read_case_label
 from visattn.data.volume_names import is_volume_name
 from visattn.data.volume_pairs import CHANNEL_AXIS

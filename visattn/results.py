@@ -13,7 +13,7 @@ import torch
 from visattn import NOTICE
 from visattn.base_task import TrainingTask
 from visattn.checkpoint import LIBRARIES
-from visattn.data.cases import PHANTOM
+from visattn.data.phantoms import PHANTOM
 from visattn.data.volumes import VolumeCase
 from visattn.errors import UserError
 from visattn.metrics import summarise

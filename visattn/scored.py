@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from visattn.cells import cell, text_of
 from visattn.data.images import read_image
+from visattn.data.phantoms import IMAGE_KINDS, PHANTOM, VOLUME_KINDS, kind_of
 from visattn.data.volume_names import is_volume_name
 from visattn.errors import UserError
 from visattn.files import read_small, write_bytes_atomic, write_text_atomic
@@ -44,8 +45,6 @@ PICTURES = 3  # overlays of each kind: the worst, the median and the best cases 
 AGAIN = "Make it again with visattn validate, test or evaluate."
 
 _GROUND = (58, 63, 72)  # grey that both white and cyan lines stand out from
-_PHANTOM = "phantom"  # the root whose cases are drawn, not read (visattn.data.cases.PHANTOM)
-_HEAD = "head_"  # begins the names of its volumes (visattn.data.phantom_head)
 _TEXTS = ("case", "group", "class")
 _COLUMNS = 1000  # of a table; ours have about twenty
 _LONGEST = 120  # bytes of a name within a file name
@@ -265,12 +264,13 @@ def load_case(
         assert planes is not None
         return drawn, planes, others
     image = None
-    if entry.root == _PHANTOM and entry.truth is None:
+    if entry.root == PHANTOM and entry.truth is None:
         from visattn.data.cases import embedded  # draws 200 scenes
 
-        if entry.case not in embedded():
+        drawn_cases = embedded(kind_of(entry.case)) if kind_of(entry.case) in IMAGE_KINDS else {}
+        if entry.case not in drawn_cases:
             raise UserError(f"{entry.case}: the phantom of this version has no such case.\n{AGAIN}")
-        image, values = embedded()[entry.case]
+        image, values = drawn_cases[entry.case]
         truth = labels.encode(values, f"{entry.case} of the phantom")
     elif entry.truth is None:
         raise UserError(f"{entry.case}: {INPUTS} names no true mask for this case.\n{AGAIN}")
@@ -290,7 +290,7 @@ def load_case(
 def is_volume(entry: Input) -> bool:
     """Whether a case is a volume, which is shown by three planes."""
     if entry.truth is None:
-        return entry.root == _PHANTOM and entry.case.startswith(_HEAD)
+        return entry.root == PHANTOM and kind_of(entry.case) in VOLUME_KINDS
     return is_volume_name(entry.truth)
 
 

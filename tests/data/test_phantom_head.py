@@ -17,9 +17,9 @@ from visattn.data.phantom_head import (
     SMALLEST_ML,
     lesion_volumes,
     phantom_head,
-    read_phantom,
     write_heads,
 )
+from visattn.data.phantom_volumes import read_phantom
 from visattn.data.volume_case import phantom_cases
 
 TOUCHING = np.ones((3, 3, 3), int)  # 26 neighbours

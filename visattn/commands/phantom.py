@@ -5,20 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from visattn.data.phantoms import IMAGE_KINDS, VOLUME_KINDS
+
 
 def add(commands: Any) -> None:
     """Register the command."""
-    text = "write synthetic images with masks, or synthetic heads with lesions, to a folder"
+    text = "write synthetic images with masks, or synthetic volumes with labels, to a folder"
     phantom = commands.add_parser("phantom", help=text, description=text)
     phantom.add_argument(
-        "folder", type=Path, metavar="DIR", help="gets images/ and masks/; for heads imagesTr/, labelsTr/, dataset.json"
+        "folder", type=Path, metavar="DIR", help="gets images/ and masks/; imagesTr/, labelsTr/, dataset.json"
     )
     phantom.add_argument(
         "--kind",
-        choices=("polyp", "head"),
-        default="polyp",
-        help="polyp: pictures like colonoscopy; head: volumes like contrast-enhanced T1, some with meningiomas "
-        "(default: polyp)",
+        choices=(*IMAGE_KINDS, *VOLUME_KINDS),
+        default=IMAGE_KINDS[0],
+        help="images like colonoscopy (polyp), dermatoscopy (skin), the back of the eye (vessels) or microscopy "
+        "(nuclei); volumes like contrast-enhanced T1, some with meningiomas (head), or T1 of a hippocampus in two "
+        "parts (default: polyp)",
     )
     phantom.add_argument("--count", type=_whole, default=24, help="how many (default: 24)")
     phantom.add_argument("--seed", type=_whole, default=1, help="another seed, other images (default: 1)")
@@ -33,16 +36,16 @@ def _whole(text: str) -> int:
 
 
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.kind == "head":
-        from visattn.data.phantom_head import write_heads
+    if options.kind in VOLUME_KINDS:
+        from visattn.data.phantom_volumes import WRITERS
         from visattn.progress import Bar
 
         with Bar("drawing", options.count) as bar:
-            write_heads(options.folder, options.count, options.seed, bar.advance)
-        print(f"{options.count} synthetic heads: {options.folder}")
+            WRITERS[options.kind](options.folder, options.count, options.seed, bar.advance)
+        print(f"{options.count} synthetic {'heads' if options.kind == 'head' else 'volumes'}: {options.folder}")
         return 0
     from visattn.data.phantom import write_phantom
 
-    write_phantom(options.folder, options.count, options.seed)
+    write_phantom(options.folder, options.count, options.seed, kind=options.kind)
     print(f"{options.count} synthetic images: {options.folder}")
     return 0

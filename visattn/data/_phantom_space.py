@@ -4,6 +4,7 @@ Legend: x right, y front, z up, in mm of the head about the middle of its cavity
 """
 
 import math
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,29 @@ def _rotation(a: float, b: float, c: float) -> NDArray[np.float64]:
     return np.asarray(z @ y @ x)
 
 
+def smooth_noise(rng: np.random.Generator, shape: tuple[int, int, int], zooms: Sequence[float], grain: float) -> Field:
+    """A smooth field of mean 0 and a variance near 1, with grains of some `grain` mm, on voxels of `zooms` mm."""
+    counts = [math.ceil(n * zoom / grain) + 3 for n, zoom in zip(shape, zooms, strict=True)]
+    field = rng.standard_normal(counts, np.float32)
+    for axis in (2, 1, 0):  # the first axis last: its slices are contiguous
+        at = np.arange(shape[axis], dtype=np.float32) * np.float32(zooms[axis] / grain)
+        start = at.astype(np.int64)  # floor, all are positive
+        t = at - start
+        taps = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)  # cubic B-spline
+        wide = [1, 1, 1]
+        wide[axis] = -1
+        total = np.take(field, start, axis)
+        total *= taps[0].reshape(wide)
+        part = np.empty_like(total)
+        for tap in (1, 2, 3):
+            np.take(field, start + tap, axis, part, mode="clip")  # the other modes buffer
+            part *= taps[tap].reshape(wide)
+            total += part
+        field = total
+    field *= np.float32(2.0 / 216.0)
+    return field
+
+
 class Space:
     """Coordinates of the voxels in mm of an average head, and smooth random fields on them."""
 
@@ -90,25 +114,7 @@ class Space:
 
     def noise(self, grain: float) -> Field:
         """A smooth field of mean 0 and a variance near 1, with grains of some `grain` mm."""
-        counts = [math.ceil(n * zoom / grain) + 3 for n, zoom in zip(self.shape, self.zooms, strict=True)]
-        field = self.rng.standard_normal(counts, np.float32)
-        for axis in (2, 1, 0):  # the first axis last: its slices are contiguous
-            at = np.arange(self.shape[axis], dtype=np.float32) * np.float32(self.zooms[axis] / grain)
-            start = at.astype(np.int64)  # floor, all are positive
-            t = at - start
-            taps = ((1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3)  # cubic B-spline
-            wide = [1, 1, 1]
-            wide[axis] = -1
-            total = np.take(field, start, axis)
-            total *= taps[0].reshape(wide)
-            part = np.empty_like(total)
-            for tap in (1, 2, 3):
-                np.take(field, start + tap, axis, part, mode="clip")  # the other modes buffer
-                part *= taps[tap].reshape(wide)
-                total += part
-            field = total
-        field *= np.float32(2.0 / 216.0)
-        return field
+        return smooth_noise(self.rng, self.shape, self.zooms, grain)
 
     def ball(self, centre: Point, radii: Point) -> Field:
         """How deep in mm, about, a voxel lies within an ellipsoid; below 0 outside."""

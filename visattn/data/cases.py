@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 
 from visattn.data.images import SUFFIXES, read_image, read_mask, resize_image, resize_mask
 from visattn.data.phantom import phantom_images
+from visattn.data.phantoms import IMAGE_KINDS, PHANTOM, PHANTOM_SEED, drawn_name, kind_of, phantom_kind
 from visattn.errors import UserError, nearest
 from visattn.labels import IGNORE, Labels
 
-PHANTOM = "phantom"
 PHANTOM_COUNT = 200
-PHANTOM_SEED = 20240
-"""Independent of the recipe's seed, so that every run trains on the same embedded set."""
 
 LAYOUTS = (("images", "masks"), ("image", "mask"), ("Original", "Ground Truth"))
 """Folder names of images and masks: Kvasir-SEG and PraNet's test sets, PraNet's training set, CVC-ClinicDB.
@@ -75,7 +73,7 @@ class Case:
         image: The image file; for the phantom a path that does not exist.
         mask: The mask file.
         group: What must not be parted by a split, a patient or a video; the name itself where nothing was said.
-        root: The root as the user wrote it.
+        root: The root as the user wrote it; the word phantom for drawn cases of any kind.
     """
 
     name: str
@@ -131,23 +129,24 @@ class CaseReader:
         return image, self.labels.encode(values, str(case.mask))
 
     def _phantom_case(self, name: str) -> Pair:
-        image, mask = embedded()[name]
+        image, mask = embedded(kind_of(name))[name]
         if self.channels == 1:
             image = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)[..., None]
         return image, mask
 
 
-@lru_cache(maxsize=1)
-def embedded() -> dict[str, Pair]:
-    """The images and masks of the word phantom, by name; made once in a process, in some two seconds."""
-    return {name: (image, mask) for image, mask, name in phantom_images(PHANTOM_COUNT, PHANTOM_SEED)}
+@lru_cache(maxsize=2)
+def embedded(kind: str = IMAGE_KINDS[0]) -> dict[str, Pair]:
+    """The images and masks of a phantom, by name; made once in a process, in some two seconds."""
+    drawn = phantom_images(PHANTOM_COUNT, PHANTOM_SEED, kind=kind)
+    return {name: (image, mask) for image, mask, name in drawn}
 
 
 def find_cases(roots: Sequence[str], sets: bool = False) -> list[Case]:
     """List the cases below `roots`, sorted by name; groups are not known yet.
 
     Args:
-        roots: Folders, or the word phantom.
+        roots: Folders, or `phantom`, also `phantom:KIND`.
         sets: Whether a root may hold several sets, as PraNet's TestDataset does; each set becomes a group.
 
     Raises:
@@ -169,13 +168,14 @@ def scan_roots(roots: Sequence[str], sets: bool = False) -> tuple[list[Case], li
     folders: list[tuple[str, Path]] = []
     cases: list[Case] = []
     for root in roots:
-        if root == PHANTOM:
-            names = [f"phantom_{index:04d}" for index in range(PHANTOM_COUNT)]
+        kind = phantom_kind(root, IMAGE_KINDS)
+        if kind is not None:
+            names = [drawn_name(kind, index) for index in range(PHANTOM_COUNT)]
             cases += [Case(name, Path(PHANTOM, name), Path(PHANTOM, name), name, PHANTOM) for name in names]
         else:
             folders += [(root, folder) for folder in _folders(root, sets)]
     places = [folder.resolve() for _, folder in folders]
-    if len(set(places)) < len(places) or list(roots).count(PHANTOM) > 1:
+    if len(set(places)) < len(places) or len({case.name for case in cases}) < len(cases):
         raise UserError(f"data.root: the same data is named twice among {', '.join(roots[:6])}")
     several = len(folders) > 1 or bool(cases)
     scans: list[ImageFolder] = []
@@ -241,8 +241,8 @@ def check_cases(
         found = np.flatnonzero(np.bincount(mask.ravel())).tolist()
         return Checked(digest.hexdigest(), tuple(c for c in found if c not in (0, IGNORE)), kept)
 
-    if any(case.root == PHANTOM for case in cases):
-        embedded()  # once, before the threads ask for it
+    for kind in sorted({kind_of(case.name) for case in cases if case.root == PHANTOM}):
+        embedded(kind)  # once, before the threads ask for it
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
         results = list(pool.map(check, cases))
     return [r for r in results if isinstance(r, Checked)], [r for r in results if isinstance(r, str)]

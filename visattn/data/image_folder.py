@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.class_labels import ClassLabels
-from visattn.data.cases import PHANTOM, fingerprint_of, raise_problems
+from visattn.data.cases import fingerprint_of, raise_problems
 from visattn.data.class_module import ClassDataModule, LabelledCase, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, image_size, read_image
+from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS, find_groups
 from visattn.errors import UserError, nearest, unknown
 from visattn.files import read_small, walk_files

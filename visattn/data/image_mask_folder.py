@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader
 
 from visattn.data.augment import build_augmenter
 from visattn.data.cases import (
-    PHANTOM,
     Case,
     CaseReader,
     Checked,
@@ -28,6 +27,7 @@ from visattn.data.dataset import EvaluationSet, TrainingBatch, TrainingSet, coll
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, MAX_PIXELS, Preprocessing
 from visattn.data.loading import free_cores, make_loader, progress
 from visattn.data.loading import rank as _rank
+from visattn.data.phantoms import IMAGE_KINDS, described
 from visattn.data.sampler import EpochSampler, ShardSampler
 from visattn.data.slices import Slices
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
@@ -116,7 +116,7 @@ class ImageMaskFolder(LightningDataModule):
     @property
     def description(self) -> str:
         """What the data is, for report and checkpoint."""
-        return ", ".join("phantom (embedded, synthetic)" if root == PHANTOM else root for root in self.roots)
+        return ", ".join(described(root, IMAGE_KINDS) for root in self.roots)
 
     def setup(self, stage: str | None = None) -> None:
         """Find, check and divide the cases, once.

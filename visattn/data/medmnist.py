@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.class_labels import ClassLabels
-from visattn.data.cases import PHANTOM, fingerprint_of
+from visattn.data.cases import fingerprint_of
 from visattn.data.class_module import ClassDataModule, LabelledCase, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD
 from visattn.data.medmnist_flags import FLAGS, KINDS, MULTI_LABEL
+from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS
 from visattn.errors import UserError, unknown
 

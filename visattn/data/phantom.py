@@ -1,4 +1,4 @@
-"""Small synthetic images that look like colonoscopy, for demonstrations and tests.
+"""Small synthetic images that look like colonoscopy, for demonstrations and tests; and the door to the other kinds.
 
 No image of a patient is in them: a height map of a colon wall with folds and polyps is drawn from random numbers, lit
 from the camera, and coloured. A polyp differs from its surroundings in shape, texture and, a little and not always, in
@@ -7,7 +7,7 @@ image height, so that any size shows the same scene.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,9 +15,11 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from visattn.data._phantom_noise import Field, Noise
+from visattn.data._phantom_scenes import nuclei_scene, skin_scene, vessels_scene
+from visattn.data.phantoms import drawn_name
+from visattn.errors import chosen
 from visattn.files import write_bytes_atomic
-
-Field = NDArray[np.float32]
 
 SIZE = (144, 176)
 """Height and width of the images by default."""
@@ -29,26 +31,30 @@ _RESIDUE = np.array([0.78, 0.62, 0.26], np.float32)
 
 
 def phantom_images(
-    count: int, seed: int, size: tuple[int, int] = SIZE
+    count: int, seed: int, size: tuple[int, int] = SIZE, kind: str = "polyp"
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8], str]]:
     """Yield `count` images (H, W, 3) with masks (H, W) of 0 and 255, and their names.
 
-    Image `i` depends on `seed`, `i` and `size` alone, so a longer series begins with the shorter one.
+    Image `i` depends on `seed`, `i`, `size` and `kind` alone, so a longer series begins with the shorter one.
+
+    Raises:
+        UserError: There is no such kind; `SCENES` has them.
     """
+    draw = SCENES[chosen("phantom", {"name": kind}, SCENES)]
     for index in range(count):
-        image, mask = _scene(np.random.default_rng((seed, index)), *size)
-        yield image, mask, f"phantom_{index:04d}"
+        image, mask = draw(np.random.default_rng((seed, index)), *size)
+        yield image, mask, drawn_name(kind, index)
 
 
-def write_phantom(folder: Path | str, count: int, seed: int, size: tuple[int, int] = SIZE) -> None:
+def write_phantom(folder: Path | str, count: int, seed: int, size: tuple[int, int] = SIZE, kind: str = "polyp") -> None:
     """Write `images/` and `masks/` as PNG below `folder`, ready to be a `root`."""
-    for image, mask, name in phantom_images(count, seed, size):
+    for image, mask, name in phantom_images(count, seed, size, kind):
         for part, array in (("images", image[..., ::-1]), ("masks", mask)):
             write_bytes_atomic(Path(folder, part, f"{name}.png"), cv2.imencode(".png", array)[1].tobytes())
 
 
 def _scene(rng: np.random.Generator, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    noise = _Noise(rng, height, width)
+    noise = Noise(rng, height, width)
     draw = rng.uniform
     y, x = (np.mgrid[:height, :width].astype(np.float32) + 0.5) / height
     x, y = x - 0.5 * width / height, y - 0.5
@@ -137,7 +143,7 @@ _KINDS = {  # share, height and shadow of each kind, after the Paris classificat
 }
 
 
-def _polyp(rng: np.random.Generator, noise: "_Noise", x: Field, y: Field, near: float) -> _Polyp:
+def _polyp(rng: np.random.Generator, noise: Noise, x: Field, y: Field, near: float) -> _Polyp:
     """One polyp about the origin of `x`, `y`, smaller where the wall is farther away."""
     kind = str(rng.choice(list(_KINDS), p=[share for share, _, _ in _KINDS.values()]))
     _, tall, dark = _KINDS[kind]
@@ -166,13 +172,10 @@ def _polyp(rng: np.random.Generator, noise: "_Noise", x: Field, y: Field, near: 
     return _Polyp(*(np.asarray(f, np.float32) for f in (1 - reach, tall * size * top, texture, shadow, tint)))
 
 
-class _Noise:
-    """Smooth random fields of unit variance, with about `cells` grains to the image height."""
-
-    def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
-        self._rng, self._height, self._width = rng, height, width
-
-    def __call__(self, cells: int) -> Field:
-        grid = self._rng.standard_normal((cells + 2, round(cells * self._width / self._height) + 2), np.float32)
-        field = cv2.resize(grid, (self._width, self._height), interpolation=cv2.INTER_CUBIC)
-        return np.asarray(field, np.float32) * 1.4  # interpolation takes some of the variance
+SCENES: dict[str, Callable[[np.random.Generator, int, int], tuple[NDArray[np.uint8], NDArray[np.uint8]]]] = {
+    "polyp": _scene,
+    "skin": skin_scene,
+    "vessels": vessels_scene,
+    "nuclei": nuclei_scene,
+}
+"""What draws a picture of each kind and its mask, from a generator, height and width."""

@@ -14,16 +14,15 @@ Legend: x right, y front, z up, in mm of the head about the middle of its cavity
 import json
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data._phantom_space import Field, Point, Scan, Space, blend, draw_scan, step
-from visattn.data.cases import PHANTOM_SEED
 from visattn.data.geometry import Geometry
 from visattn.data.nifti import write
+from visattn.data.phantoms import drawn_name
 from visattn.files import write_text_atomic
 
 SMALLEST_ML, LARGEST_ML = 0.3, 50.0
@@ -33,25 +32,6 @@ _NUMBERS = (0.2, 0.6, 0.13, 0.07)  # shares of heads with 0, 1, 2 and 3 lesions
 _APART = 10.0  # mm between two lesions, so that they never touch
 
 AIR, BONE, FLUID, GREY, WHITE, MUSCLE, FAT, BLOOD = 0.01, 0.08, 0.15, 0.45, 0.66, 0.42, 0.95, 1.05
-
-
-def read_phantom(name: str) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    """Draw the head `name` of the word phantom; see `phantom_head`.
-
-    The last few are kept: a case's image, labels and grid are asked for one after the other.
-    """
-    image, labels, geometry = _kept(int(name.rpartition("_")[2]))
-    return image.copy(), labels.copy(), geometry
-
-
-@lru_cache(maxsize=8)
-def _kept(index: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    return phantom_head(index, PHANTOM_SEED)
-
-
-def head_name(index: int) -> str:
-    """The name of head `index`."""
-    return f"head_{index:04d}"
 
 
 def phantom_head(index: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
@@ -81,7 +61,7 @@ def write_heads(folder: Path | str, count: int, seed: int, written: Callable[[],
     folder = Path(folder)
     for index in range(count):
         image, labels, geometry = phantom_head(index, seed)
-        name = head_name(index)
+        name = drawn_name("head", index)
         write(folder / "imagesTr" / f"{name}_0000.nii.gz", image[0], geometry, kind="image")
         write(folder / "labelsTr" / f"{name}.nii.gz", labels, geometry, kind="labels")
         written()

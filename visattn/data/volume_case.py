@@ -18,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visattn.data import nifti
-from visattn.data.cases import PHANTOM
 from visattn.data.geometry import Geometry
+from visattn.data.phantoms import PHANTOM, drawn_name
 from visattn.data.regrid import coverage, regrid, turned
 from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.scratch import Scratch, release
 
 PHANTOM_COUNT = 100
-"""Heads that the word phantom means."""
+"""Volumes that the word phantom means."""
 
 MIN_COVERAGE = 0.5
 """Share of the first channel's extent that another one must cover to be resampled to it."""
@@ -44,7 +44,7 @@ class VolumeCase:
             phantom, which is drawn from the name.
         label: The label volume, where there is one.
         group: What must not be parted by a split, as a patient; the name itself where nothing was said.
-        root: The root as the user wrote it.
+        root: The root as the user wrote it; the word phantom for drawn volumes of any kind.
         channel_axis: Axis of the one file that holds the channels, counted from 0; None: one file per channel.
         picks: With a channel axis, which of its entries are the channels, in this order; None: all.
     """
@@ -269,14 +269,13 @@ def centre(geometry: Geometry) -> NDArray[np.float64]:
     return np.asarray(middle[:3])
 
 
-def phantom_cases() -> list[VolumeCase]:
+def phantom_cases(kind: str = "head") -> list[VolumeCase]:
     """The cases of the word phantom, each a patient of its own."""
-    from visattn.data.phantom_head import head_name
-
-    return [VolumeCase(head_name(i), (), None, head_name(i), PHANTOM) for i in range(PHANTOM_COUNT)]
+    names = [drawn_name(kind, index) for index in range(PHANTOM_COUNT)]
+    return [VolumeCase(name, (), None, name, PHANTOM) for name in names]
 
 
 def _phantom(case: VolumeCase) -> tuple[NDArray[np.float32], NDArray[np.uint8], Geometry]:
-    from visattn.data.phantom_head import read_phantom  # drawn by name
+    from visattn.data.phantom_volumes import read_phantom  # drawn by name
 
     return read_phantom(case.name)

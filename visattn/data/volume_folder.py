@@ -19,13 +19,14 @@ from visattn.data.cases import fingerprint_of, raise_problems
 from visattn.data.intensity import Normalise
 from visattn.data.loading import free_cores, make_loader, progress, rank
 from visattn.data.patches import PatchBatch, PatchSampler, PatchSet, VolumeSet, augment, collate_volumes
+from visattn.data.phantoms import VOLUME_KINDS, described, phantom_kind
 from visattn.data.sampler import ShardSampler
 from visattn.data.spacing import median_spacing
 from visattn.data.splits import Split, find_groups, fold_cases, split_cases, write_splits
 from visattn.data.volume_cache import Entry, Facts, VolumeCache
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.data.volume_statistics import foreground_statistics, turned_spacing
-from visattn.data.volumes import PHANTOM, VolumeCase, read_case, read_case_label, scan_volumes
+from visattn.data.volumes import VolumeCase, read_case, read_case_label, scan_volumes
 from visattn.errors import UserError
 from visattn.labels import Labels
 
@@ -42,7 +43,7 @@ class VolumeFolder(LightningDataModule):
     checked before training starts; preprocessed volumes are kept on disk (`visattn.data.volume_cache`).
 
     Args:
-        root: A folder, several folders, or the word phantom: an embedded set of synthetic heads.
+        root: A folder, several folders, or the word phantom: an embedded set of synthetic heads; `phantom:hippocampus`.
         labels: Names and their values in the label files, the background first: {background: 0, tumour: [1, 4]}.
         channels: Names of the channels, in the order of the network's input; null: all that the data set has.
         layout: auto, decathlon, nnunet, folders or bids; or patterns: {t1c: "{case}/*_t1c.nii.gz", label: ...}.
@@ -130,7 +131,7 @@ class VolumeFolder(LightningDataModule):
     @property
     def description(self) -> str:
         """What the data is, for report and checkpoint."""
-        return ", ".join("phantom (embedded, synthetic)" if root == PHANTOM else root for root in self.roots)
+        return ", ".join(described(root, VOLUME_KINDS) for root in self.roots)
 
     @property
     def window(self) -> Size3 | None:
@@ -362,7 +363,7 @@ class VolumeFolder(LightningDataModule):
     def _keep_out_of_data(self) -> None:
         place = self.cache.folder.resolve()
         for root in (*self.roots, *self.test_roots):
-            if root != PHANTOM and place.is_relative_to(Path(root).expanduser().resolve()):
+            if phantom_kind(root, VOLUME_KINDS) is None and place.is_relative_to(Path(root).expanduser().resolve()):
                 raise UserError(
                     f"data.cache_dir: {self.cache.folder} lies within the data set {root}; name another folder"
                 )

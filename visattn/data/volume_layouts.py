@@ -14,9 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from visattn.data.cases import PHANTOM, name_prefixes, raise_problems
+from visattn.data.cases import name_prefixes, raise_problems
 from visattn.data.dataset_json import NAME as DATASET_JSON
 from visattn.data.dataset_json import DatasetJson, find_splits, read_dataset_json
+from visattn.data.phantoms import VOLUME_KINDS, phantom_kind
 from visattn.data.volume_bids import is_bids, scan_bids
 from visattn.data.volume_case import Problem, VolumeCase, phantom_cases
 from visattn.data.volume_names import listed, stem_of
@@ -27,6 +28,7 @@ from visattn.errors import UserError, nearest, unknown
 Layout = str | Mapping[str, str]
 """`auto`, the name of a layout, or a pattern for each channel and one for `label`."""
 
+_PHANTOM_CHANNELS = {"head": ("t1c",), "hippocampus": ("t1",)}
 _TRAINING = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 FOLDERS = tuple((images, labels) for images in ("images", "image") for labels in ("labels", "masks", "label", "mask"))
 
@@ -37,7 +39,7 @@ def find_training_cases(
     """List the cases with labels below `roots`, sorted by name; the voxels are not read.
 
     Args:
-        roots: A folder or several, or the word phantom.
+        roots: A folder or several, or `phantom`, also `phantom:KIND`.
         layout: `auto` looks which layout is there.
         channels: Names of the channels of the network; None: all that the data set has.
 
@@ -59,7 +61,11 @@ def scan_volumes(
         UserError: A root does not exist, has no known layout or holds no case, or lacks channels.
     """
     names = [str(root) for root in ([roots] if isinstance(roots, str | Path) else roots)]
-    scans = [_phantom(channels) if name == PHANTOM else _scan(name, layout, channels) for name in names]
+    kinds = [phantom_kind(name, VOLUME_KINDS) for name in names]
+    scans = [
+        _scan(name, layout, channels) if kind is None else _phantom(name, kind, channels)
+        for name, kind in zip(names, kinds, strict=True)
+    ]
     if len(scans) > 1:
         if len({str(Path(name).resolve()) for name in names}) < len(names):
             raise UserError(f"data.root: the same data is named twice among {listed(names)}")
@@ -186,9 +192,9 @@ LAYOUTS: dict[str, Callable[[Path, str, Sequence[str] | None], VolumeScan]] = {
 }
 
 
-def _phantom(channels: Sequence[str] | None) -> VolumeScan:
-    _, names = choose_channels(channels, ("t1c",), 1, "the phantom")
-    return VolumeScan(PHANTOM, tuple(phantom_cases()), (), names)
+def _phantom(root: str, kind: str, channels: Sequence[str] | None) -> VolumeScan:
+    _, names = choose_channels(channels, _PHANTOM_CHANNELS[kind], 1, "the phantom")
+    return VolumeScan(root, tuple(phantom_cases(kind)), (), names)
 
 
 def _found(root: Path) -> str:

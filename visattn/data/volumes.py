@@ -1,6 +1,5 @@
 """Cases of volumes: found for training and for prediction, and read with all their channels on one grid."""
 
-from visattn.data.cases import PHANTOM
 from visattn.data.volume_case import (
     Problem,
     VolumeCase,
@@ -14,7 +13,6 @@ from visattn.data.volume_layouts import Layout, find_training_cases, scan_volume
 from visattn.data.volume_pairs import VolumeScan
 
 __all__ = [
-    "PHANTOM",
     "Layout",
     "Problem",
     "VolumeCase",

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from visattn.data.cases import PHANTOM
+from visattn.data.phantoms import PHANTOM
 from visattn.doctor.findings import Findings
 from visattn.doctor.reading import Seen
 from visattn.survey import Facts

@@ -16,8 +16,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.data.cases import PHANTOM, Case, embedded
+from visattn.data.cases import Case, embedded
 from visattn.data.images import resize_mask
+from visattn.data.phantoms import PHANTOM, kind_of
 from visattn.doctor.twins import SIDE, thumbnail
 from visattn.errors import UserError
 from visattn.labels import IGNORE, Labels
@@ -103,8 +104,8 @@ def read_cases(cases: Sequence[Case], labels: Labels | None, size: tuple[int, in
         labels: The label map, where it is known beforehand.
         size: Height and width of training, where known.
     """
-    if any(case.root == PHANTOM for case in cases):
-        embedded()  # once, before the threads ask for it
+    for kind in sorted({kind_of(case.name) for case in cases if case.root == PHANTOM}):
+        embedded(kind)  # once, before the threads ask for it
     seen: list[Seen] = []
     threads = min(8, os.cpu_count() or 1)
     with Bar("examining", len(cases)) as bar, _complaints() as heard, ThreadPoolExecutor(threads) as pool:
@@ -150,7 +151,7 @@ def _complaints() -> Iterator[_Heard]:
 
 def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard: _Heard) -> Seen:
     if case.root == PHANTOM:
-        pixels, grey = embedded()[case.name]
+        pixels, grey = embedded(kind_of(case.name))[case.name]
         image: NDArray[np.uint8] | None = pixels
         mask: NDArray[np.int32] | None = grey.astype(np.int32)
         facts = Facts(case.image, pixels.shape[:2], "RGB", "PNG", colour=255)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from visattn.data import DATA
-from visattn.data.cases import PHANTOM, Case, ImageFolder, scan_roots, with_groups
+from visattn.data.cases import Case, ImageFolder, scan_roots, with_groups
+from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS, Split, find_groups, split_cases
 from visattn.doctor.findings import Findings
 from visattn.doctor.reading import Seen

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from visattn.data import nifti
-from visattn.data.cases import PHANTOM
 from visattn.data.geometry import Geometry
+from visattn.data.phantoms import PHANTOM
 from visattn.data.volumes import VolumeCase, read_case
 from visattn.errors import UserError
 from visattn.progress import Bar
@@ -124,7 +124,7 @@ def _look(case: VolumeCase) -> SeenVolume:
     assert where is not None
     try:
         if drawn:
-            from visattn.data.phantom_head import read_phantom
+            from visattn.data.phantom_volumes import read_phantom
 
             _, values, seen.label_geometry = read_phantom(case.name)
             stored_float = False
