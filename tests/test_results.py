@@ -173,7 +173,7 @@ def test_masks_of_somebody_else_are_never_replaced(tmp_path):
 
 def test_cases_of_the_phantom_are_named_not_copied(tmp_path, monkeypatch):
     drawn = {name: (image, mask) for image, mask, name in phantom_images(2, PHANTOM_SEED)}
-    monkeypatch.setattr("visattn.data.cases.embedded", lambda: drawn)  # the whole set takes seconds
+    monkeypatch.setattr("visattn.data.cases.embedded", lambda kind: drawn)  # the whole set takes seconds
     names = list(drawn)
     run = tmp_path / "run"
     metrics = SegmentationMetrics(BINARY, "full")
