@@ -3,7 +3,6 @@
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +14,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from visattn.class_labels import ClassLabels
 from visattn.data.class_augment import ClassAugmenter, VolumeAugmenter, build_class_augmenter
+from visattn.data.class_cases import LabelledCase, divide, divide_folds
 from visattn.data.class_preprocessing import ClassPreprocessing
 from visattn.data.loading import free_cores, make_loader, progress
 from visattn.data.loading import rank as _rank
 from visattn.data.sampler import EpochSampler, Key, ShardSampler
-from visattn.data.splits import PARTS, Split, fold_cases, split_cases, write_splits
+from visattn.data.splits import Split, write_splits
 from visattn.errors import UserError
 
 _log = logging.getLogger(__name__)
 _MOST_WORKERS = 256
-
-
-@dataclass(frozen=True)
-class LabelledCase:
-    """One image or volume and its class.
-
-    Args:
-        name: Unique name.
-        group: What must not be parted by a split; the name itself where nothing was said.
-        classes: Index of its class; where a case may have several, of all that it has.
-        root: The root as the user wrote it.
-        image: The image file; None where cases lie together in one file or are drawn.
-        part: train, val or test where the data say so, else empty.
-        index: Place within its file.
-    """
-
-    name: str
-    group: str
-    classes: tuple[int, ...]
-    root: str
-    image: Path | None = None
-    part: str = ""
-    index: int = 0
 
 
 class ClassDataModule(LightningDataModule):
@@ -120,30 +97,14 @@ class ClassDataModule(LightningDataModule):
         """Find, check and divide the cases, once."""
         if self.cases:
             return
-        found = self.find()
-        rest, test = self._divisible(found)
-        if self.split is None and any(case.part == "val" for case in found):
-            cases = {part: [case for case in found if case.part == part] for part in PARTS}
-            if not cases["train"]:
-                raise UserError(f"data: there are no training cases in {self.description}; set data.split")
-        else:
-            split = self.split or Split.from_config(None)
-            cases = split_cases(rest, [_kinds(case) for case in rest], split, self.seed)
-            cases["test"] = cases["test"] or test
+        cases = divide(self.find(), self.split, self.seed, self.description)
         self._check_classes(cases["train"])
         self.cases = cases
 
     def find_folds(self) -> list[dict[str, list[LabelledCase]]]:
         """Train, val and test cases of each fold of `split.folds`; a test set that the data name stays one."""
         assert self.split is not None
-        rest, test = self._divisible(self.find())
-        folds = fold_cases(rest, [_kinds(case) for case in rest], self.split, self.seed)
-        return [{**fold, "test": fold["test"] or test} for fold in folds]
-
-    def _divisible(self, cases: Sequence[LabelledCase]) -> tuple[list[LabelledCase], list[LabelledCase]]:
-        """The cases that a split divides, and those that the data set aside for testing."""
-        test = [case for case in cases if case.part == "test"]
-        return [case for case in cases if case.part != "test"], test
+        return divide_folds(self.find(), self.split, self.seed)
 
     def _check_classes(self, train: Sequence[LabelledCase]) -> None:
         present = {index for case in train for index in case.classes}
@@ -236,11 +197,6 @@ class _Samples(Dataset[dict[str, Any]]):
             rng = np.random.default_rng((self.seed, epoch, index))
             return {**sample, "image": self.augmenter(image, rng)}
         return {**sample, "image": self.preprocessing.prepare(image), "seed": torch.tensor([self.seed, epoch, index])}
-
-
-def _kinds(case: LabelledCase) -> tuple[int, ...]:
-    """What a case is shared out by; 0 stands for none of the classes."""
-    return tuple(index + 1 for index in case.classes)
 
 
 def read_statistics(

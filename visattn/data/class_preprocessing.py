@@ -98,6 +98,18 @@ class ClassPreprocessing:
         return self.normalise(self.resize(image))
 
 
+def with_channels(image: NDArray[np.uint8], rank: int, channels: int) -> NDArray[np.uint8]:
+    """An image (H, W), (H, W, 1) or (H, W, 3), or a volume likewise, as (*S, channels)."""
+    if image.ndim == rank:
+        image = image[..., None]
+    if image.shape[-1] == channels:
+        return np.asarray(image, np.uint8)
+    if channels == 3:
+        return np.repeat(image, 3, axis=-1)
+    grey = image @ np.array([0.299, 0.587, 0.114])  # ITU-R 601, as everywhere
+    return np.asarray(np.rint(grey), np.uint8)[..., None]
+
+
 def read_size(size: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """The `size` of a recipe, one side or one for each axis."""
     sides = [size] * rank if isinstance(size, int) else list(size)

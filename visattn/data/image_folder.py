@@ -1,8 +1,6 @@
 """The data module for images with classes: a folder for each class, or a table of files."""
 
-import csv
 import hashlib
-import io
 import logging
 import os
 from collections.abc import Sequence
@@ -16,20 +14,20 @@ from numpy.typing import NDArray
 
 from visattn.class_labels import ClassLabels
 from visattn.data.cases import fingerprint_of, raise_problems
-from visattn.data.class_module import ClassDataModule, LabelledCase, read_statistics
+from visattn.data.class_cases import LabelledCase
+from visattn.data.class_files import list_folders, list_table
+from visattn.data.class_module import ClassDataModule, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size
-from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, SUFFIXES, image_size, read_image
+from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD, image_size, read_image
 from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS, find_groups
-from visattn.errors import UserError, nearest, unknown
-from visattn.files import read_small, walk_files
+from visattn.errors import UserError, unknown
 
 MOST_DECODED = 20_000
 """Up to so many images are decoded before training starts; of more only the headers are read, which the log says."""
 
 _PHANTOM_SIDE = 96
-_COLUMNS = ("image", "label", "group", "part")
 _log = logging.getLogger(__name__)
 
 
@@ -105,7 +103,7 @@ class ImageFolder(ClassDataModule):
         path = Path(self.root).expanduser()
         if path.is_dir() and self.multi_label:
             raise UserError("data.multi_label: a folder is one class; images with several need a table (.csv) as root")
-        rows = _of_table(path, self.multi_label) if path.is_file() else _of_folders(path, self.root)
+        rows = list_table(path, self.multi_label) if path.is_file() else list_folders(path, self.root)
         present = sorted({name for _, _, names, _, _ in rows for name in names})
         self._labels = ClassLabels.from_config(self._names or present, self.multi_label)
         index = {name: number for number, name in enumerate(self._labels.names)}
@@ -165,77 +163,6 @@ class ImageFolder(ClassDataModule):
             results = list(pool.map(check, cases))
         raise_problems([problem for _, problem in results if problem], len(cases))
         return fingerprint_of((case.name, digest) for case, (digest, _) in zip(cases, results, strict=True))
-
-
-_Row = tuple[str, Path, tuple[str, ...], str, str]
-"""Name, file, classes, group and part of an image."""
-
-
-def _of_folders(path: Path, root: str) -> list[_Row]:
-    """The images below class folders."""
-    if not path.is_dir():
-        guess = (
-            nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else None
-        )
-        hint = f" Did you mean {path.parent / guess}?" if guess else ""
-        raise UserError(f"data.root: there is no {root}.{hint}\nGive a folder of class folders, a .csv, or {PHANTOM}")
-    inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    parts = [name for name in inner if name in PARTS] if "train" in inner and set(inner) <= set(PARTS) else [""]
-    rows: list[_Row] = []
-    for part in parts:
-        for folder in sorted(entry for entry in (path / part).iterdir() if entry.is_dir()):
-            if folder.name.startswith("."):
-                continue
-            for _, files in walk_files(folder):
-                for file in files:
-                    if file.suffix.lower() in SUFFIXES:
-                        name = file.relative_to(path).with_suffix("").as_posix()
-                        rows.append((name, file, (folder.name,), name, part))
-    if not rows:
-        found = ", ".join(inner[:8]) or "no folder"
-        raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
-    _refuse_twice(rows)
-    return sorted(rows)
-
-
-def _of_table(path: Path, multi_label: bool) -> list[_Row]:
-    """The images that a table names."""
-    if path.suffix.lower() != ".csv":
-        raise UserError(f"data.root: {path} is a file, but no .csv table of images")
-    try:
-        reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8-sig"), newline=""))
-        columns = [name for name in reader.fieldnames or () if name]
-        table = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"data.root: cannot read {path}: {error}") from error
-    for needed in _COLUMNS[:2]:
-        if needed not in columns:
-            raise unknown(f"column, which {path} needs:", needed, columns)
-    rows: list[_Row] = []
-    for line, row in enumerate(table, 2):
-        file, text = (row["image"] or "").strip(), (row["label"] or "").strip()
-        labels = tuple(part.strip() for part in text.split("|") if part.strip()) if multi_label else (text,)
-        part = (row.get("part") or "").strip()
-        if not file or (not text and not multi_label):
-            raise UserError(f"{path} line {line}: needs an image and a label")
-        if part and part not in PARTS:
-            raise unknown(f"part in {path} line {line}:", part, PARTS)
-        name = Path(file).with_suffix("").as_posix()
-        rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
-    if not rows:
-        raise UserError(f"data.root: {path} names no images")
-    _refuse_twice(rows)
-    return sorted(rows)
-
-
-def _refuse_twice(rows: Sequence[_Row]) -> None:
-    seen: dict[str, Path] = {}
-    problems = [
-        f"{file}: shares its name with {seen[name].name}; keep one of them"
-        for name, file, *_ in rows
-        if seen.setdefault(name, file) is not file
-    ]
-    raise_problems(problems, len(rows))
 
 
 def _refuse_parted(cases: Sequence[LabelledCase]) -> None:

@@ -1,0 +1,93 @@
+"""Images with classes on disk: class folders, or a table of files. Needs no torch."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from visattn.data.cases import raise_problems
+from visattn.data.images import SUFFIXES
+from visattn.data.phantoms import PHANTOM
+from visattn.data.splits import PARTS
+from visattn.errors import UserError, nearest, unknown
+from visattn.files import read_small, walk_files
+
+_COLUMNS = ("image", "label", "group", "part")
+
+Row = tuple[str, Path, tuple[str, ...], str, str]
+"""Name, file, classes, group and part of an image."""
+
+
+def list_folders(path: Path, root: str) -> list[Row]:
+    """The images below class folders.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not path.is_dir():
+        guess = (
+            nearest(path.name, (p.name for p in path.parent.iterdir() if p.is_dir())) if path.parent.is_dir() else None
+        )
+        hint = f" Did you mean {path.parent / guess}?" if guess else ""
+        raise UserError(f"data.root: there is no {root}.{hint}\nGive a folder of class folders, a .csv, or {PHANTOM}")
+    inner = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    parts = [name for name in inner if name in PARTS] if "train" in inner and set(inner) <= set(PARTS) else [""]
+    rows: list[Row] = []
+    for part in parts:
+        for folder in sorted(entry for entry in (path / part).iterdir() if entry.is_dir()):
+            if folder.name.startswith("."):
+                continue
+            for _, files in walk_files(folder):
+                for file in files:
+                    if file.suffix.lower() in SUFFIXES:
+                        name = file.relative_to(path).with_suffix("").as_posix()
+                        rows.append((name, file, (folder.name,), name, part))
+    if not rows:
+        found = ", ".join(inner[:8]) or "no folder"
+        raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
+    _refuse_twice(rows)
+    return sorted(rows)
+
+
+def list_table(path: Path, multi_label: bool) -> list[Row]:
+    """The images that a table names.
+
+    Raises:
+        UserError: It is no table of images, or a line is wrong.
+    """
+    if path.suffix.lower() != ".csv":
+        raise UserError(f"data.root: {path} is a file, but no .csv table of images")
+    try:
+        reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8-sig"), newline=""))
+        columns = [name for name in reader.fieldnames or () if name]
+        table = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"data.root: cannot read {path}: {error}") from error
+    for needed in _COLUMNS[:2]:
+        if needed not in columns:
+            raise unknown(f"column, which {path} needs:", needed, columns)
+    rows: list[Row] = []
+    for line, row in enumerate(table, 2):
+        file, text = (row["image"] or "").strip(), (row["label"] or "").strip()
+        labels = tuple(part.strip() for part in text.split("|") if part.strip()) if multi_label else (text,)
+        part = (row.get("part") or "").strip()
+        if not file or (not text and not multi_label):
+            raise UserError(f"{path} line {line}: needs an image and a label")
+        if part and part not in PARTS:
+            raise unknown(f"part in {path} line {line}:", part, PARTS)
+        name = Path(file).with_suffix("").as_posix()
+        rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
+    if not rows:
+        raise UserError(f"data.root: {path} names no images")
+    _refuse_twice(rows)
+    return sorted(rows)
+
+
+def _refuse_twice(rows: Sequence[Row]) -> None:
+    seen: dict[str, Path] = {}
+    problems = [
+        f"{file}: shares its name with {seen[name].name}; keep one of them"
+        for name, file, *_ in rows
+        if seen.setdefault(name, file) is not file
+    ]
+    raise_problems(problems, len(rows))
