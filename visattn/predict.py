@@ -8,11 +8,11 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from visattn.inference import TTA, TestTimeAugmentation
 from visattn.labels import Labels
 from visattn.members import find_device, parse_checkpoint, read_members
 from visattn.overlay import draw_overlay, encode_png, foreground_masks
-from visattn.predict_common import Outcomes, about, explained_end, tell_end, tell_folds, weights_of
+from visattn.predict_common import Outcomes, about, ahead, explained_end, tell_end, tell_folds, weights_of
 from visattn.predict_plan import Case, check_space, find_images, output_folder, plan_cases
 from visattn.predict_record import IMAGES, MANIFEST, Entry, Record, file_hash
 from visattn.predictor import Predictor
@@ -36,8 +36,6 @@ from visattn.progress import Bar
 
 RULES = 1  # raise it when the same weights and settings begin to give other files
 BATCH = {"cuda": 16, "mps": 4, "cpu": 1}  # on a CPU a larger batch is no faster (docs/predict.md)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class _Run:
         try:
             with self.bar:
                 batch: list[Decoded] = []
-                for case, future in _ahead(pool, self._decode, cases, self.batch + self.threads):
+                for case, future in ahead(pool, self._decode, cases, self.batch + self.threads):
                     decoded = self.outcomes.of(case, future)
                     if decoded is not None:
                         batch.append(decoded)
@@ -230,20 +228,6 @@ class _Run:
             if entry is not None:
                 self.record.done(case, entry)
                 self.bar.advance()
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[Case], T], cases: Sequence[Case], count: int
-) -> Iterator[tuple[Case, "Future[T]"]]:
-    """Run `function` on the cases in order, at most `count` of them ahead of the consumer."""
-    waiting: deque[tuple[Case, Future[T]]] = deque()
-    remaining = iter(cases)
-    while True:
-        while len(waiting) < count and (case := next(remaining, None)) is not None:
-            waiting.append((case, pool.submit(function, case)))
-        if not waiting:
-            return
-        yield waiting.popleft()
 
 
 def measure(indices: NDArray[np.uint8], probability: NDArray[np.float32], labels: Labels) -> list[dict[str, Any]]:

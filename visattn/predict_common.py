@@ -6,15 +6,16 @@ stopped or that filled the disk, and what is said at the end.
 
 import errno
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from visattn.checkpoint import LIBRARIES, Checkpoint
 from visattn.errors import UserError
-from visattn.predict_plan import Planned, shown
+from visattn.predict_plan import AnyCase, Planned, shown
 from visattn.predict_record import MANIFEST, Entry, Record
 from visattn.progress import Bar
 from visattn.versions import library_versions
@@ -74,17 +75,33 @@ def explained_end(output: Path) -> Iterator[None]:
         ) from error
 
 
-def tell_end(output: Path, record: Record, done: str, kept: int, failed: int, beside: Sequence[str]) -> None:
-    """Say what was done (`done`, in words), what was kept, what failed, and where the masks lie with what beside."""
+def tell_end(
+    output: Path, record: Record, done: str, kept: int, failed: int, beside: Sequence[str], what: str = "masks"
+) -> None:
+    """Say what was done (`done`, in words), what was kept, what failed, and where the results lie with what beside."""
     parts = [done]
     parts += [f"{kept} unchanged and kept"] if kept else []
     parts += [f"{failed} failed (listed in {MANIFEST})"] if failed else []
-    lines = [", ".join(parts), f"masks: {shown(output)} ({', '.join(beside)})"]
+    lines = [", ".join(parts), f"{what}: {shown(output)} ({', '.join(beside)})"]
     if record.others:
         lines.append(
-            f"{record.others} masks of other weights or settings lie there too; they are not in {record.table.file}"
+            f"{record.others} {what} of other weights or settings lie there too; they are not in {record.table.file}"
         )
     print("\n".join(lines), file=sys.stderr)
+
+
+def ahead(
+    pool: ThreadPoolExecutor, function: Callable[[AnyCase], T], cases: Sequence[AnyCase], count: int
+) -> Iterator[tuple[AnyCase, "Future[T]"]]:
+    """Run `function` on the cases in order, at most `count` of them ahead of the consumer."""
+    waiting: deque[tuple[AnyCase, Future[T]]] = deque()
+    remaining = iter(cases)
+    while True:
+        while len(waiting) < count and (case := next(remaining, None)) is not None:
+            waiting.append((case, pool.submit(function, case)))
+        if not waiting:
+            return
+        yield waiting.popleft()
 
 
 class Outcomes:

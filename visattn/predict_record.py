@@ -145,6 +145,7 @@ class Record:
         self.settings = known | {self.settings_id: dict(settings)}
         self._saved = 0.0
         self._pause = 2.0
+        self._hashes: dict[tuple[Path, ...], str] = {}  # of inputs that hold many cases
 
     def _read(self, fresh: bool) -> tuple[dict[str, Entry], dict[str, Any]]:
         path = self.output / MANIFEST
@@ -195,8 +196,13 @@ class Record:
             entry.state == "done"
             and entry.settings == self.settings_id
             and all(file in entry.files and (self.output / file).is_file() for file in case.files)
-            and entry.input_sha256 == inputs_hash(case.inputs)
+            and entry.input_sha256 == self._hash(case.inputs)
         )
+
+    def _hash(self, inputs: tuple[Path, ...]) -> str:
+        if inputs not in self._hashes:
+            self._hashes = {inputs: inputs_hash(inputs)}
+        return self._hashes[inputs]
 
     def _ours(self, file: str, entry: Entry | None) -> bool:
         path = self.output / file
@@ -208,7 +214,9 @@ class Record:
         """Note that the files of `cases` are about to be written, before the first one is."""
         for mask, entry in list(self.entries.items()):
             # What a killed run planned stays: it may have written a mask that it had no time to record.
-            if entry.state == "failed" or (entry.state == "done" and not (self.output / mask).is_file()):
+            if entry.state == "failed" or (
+                entry.state == "done" and mask in entry.files and not (self.output / mask).is_file()
+            ):
                 del self.entries[mask]
         for case in cases:
             old = self.entries.get(case.mask)

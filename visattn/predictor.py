@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from visattn.checkpoint import Checkpoint
+from visattn.class_predictor import ClassPredictor
 from visattn.data.images import Preprocessing, prepare, read_image
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.errors import UserError
@@ -132,8 +133,10 @@ class Predictor:
         return f"Predictor({name}, labels={list(self.labels.names)}, size={self.preprocessing.size}, {self.device})"
 
 
-def load(checkpoint: Path | str, device: str = "auto") -> "Predictor | VolumePredictor":
-    """Load a trained network: a `Predictor` if it was trained on images, a `VolumePredictor` if on volumes.
+def load(checkpoint: Path | str, device: str = "auto") -> "Predictor | VolumePredictor | ClassPredictor":
+    """Load a trained network: a `Predictor` if it segments images, a `VolumePredictor` if volumes.
+
+    A classifier, of images or volumes, becomes a `ClassPredictor`.
 
     Args:
         checkpoint: A `.ckpt` of a run, a run folder (its best checkpoint), a `.safetensors` from
@@ -144,4 +147,6 @@ def load(checkpoint: Path | str, device: str = "auto") -> "Predictor | VolumePre
         UserError: The checkpoint is damaged or does not fit this version, or the device is not there.
     """
     members = read_members(checkpoint)
+    if members[0].task == "classification":
+        return ClassPredictor(members, device)
     return VolumePredictor(members, device) if rank_of(members[0]) == 3 else Predictor(members, device)

@@ -10,19 +10,20 @@ from visattn.errors import UserError
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _IMAGES = ("threshold",)  # options that mean something for images alone, and for volumes alone
+_CLASSES = ("split",)
 _VOLUMES = ("cases", "uncertainty", "bids", "overlap", "precision", "memory")
 
 
 def add(commands: Any) -> None:
     """Register the command."""
-    text = "write masks for images or volumes, or folders of them"
+    text = "write masks or classes of images or volumes, or folders of them"
     parser = commands.add_parser("predict", help=text, description=text)
     parser.add_argument(
         "inputs",
         nargs="*",
         type=Path,
         metavar="INPUT",
-        help="image, NIfTI file, DICOM folder, or folder searched with its subfolders",
+        help="image, NIfTI file, DICOM folder, MedMNIST's .npz, or folder searched with its subfolders",
     )
     parser.add_argument(
         "--checkpoint",
@@ -32,7 +33,11 @@ def add(commands: Any) -> None:
         help=".ckpt, run folder, run with folds, or exported .safetensors; it tells images from volumes",
     )
     parser.add_argument(
-        "--output", required=True, type=Path, metavar="DIR", help="folder for masks; mirrors the input folders"
+        "--output",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder for masks, mirroring the input folders, or for a table of classes",
     )
     parser.add_argument(
         "--probabilities", action="store_true", help="also write probabilities: 16-bit PNG, or float32 NIfTI"
@@ -62,6 +67,8 @@ def add(commands: Any) -> None:
     volumes.add_argument(
         "--memory", type=_bytes, metavar="4G", help="most memory to take; large volumes then use the disk of --output"
     )
+    classes = parser.add_argument_group("classes")
+    classes.add_argument("--split", choices=("train", "val", "test"), help="of .npz files, this part alone")
     parser.set_defaults(call=_call)
 
 
@@ -78,6 +85,11 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not options.inputs and options.cases is None:
         raise UserError("predict: name images, volumes or folders of them, or a table with --cases.")
     members = read_members(options.checkpoint)
+    if members[0].task == "classification":
+        return _classify(options, members)
+    for name in _CLASSES:
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name}: is for classifiers, but {options.checkpoint} makes masks.")
     common = {
         "probabilities": options.probabilities,
         "overlays": options.overlays,
@@ -103,6 +115,25 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     threshold = 0.5 if options.threshold is None else options.threshold
     return predict_folder(options.inputs, options.checkpoint, options.output, threshold=threshold, **common)
+
+
+def _classify(options: argparse.Namespace, members: Any) -> int:
+    for name in ("probabilities", "overlays", *_IMAGES, *_VOLUMES):
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--{name}: is for masks, but {options.checkpoint} tells classes.")
+    if options.tta != "none":
+        raise UserError(f"--tta: is for masks, but {options.checkpoint} tells classes.")
+    from visattn.predict_classes import predict_classes
+
+    return predict_classes(
+        options.inputs,
+        options.checkpoint,
+        options.output,
+        split=options.split,
+        device=options.device,
+        overwrite=options.overwrite,
+        members=members,
+    )
 
 
 def _are_volumes(inputs: Sequence[Path], cases: Path | None) -> bool:

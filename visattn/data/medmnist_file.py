@@ -4,6 +4,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ def read_headers(path: Path) -> Headers:
     return found
 
 
+def read_array(path: Path, name: str) -> NDArray[np.uint8]:
+    """One array, whose header was checked.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return np.asarray(content[name])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError, EOFError) as error:
+        raise UserError(f"{path}: {name} is damaged: {str(error)[:200]}") from error
+
+
 def check_image_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
     """Refuse arrays that are no images or volumes.
 
@@ -114,7 +128,7 @@ def array_headers(path: Path, names: Sequence[str], optional: bool = False) -> H
                 found[name] = (shape, dtype)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, EOFError, SyntaxError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, EOFError, SyntaxError) as error:
         raise UserError(
             f"{path}: not of MedMNIST's form ({str(error)[:160]}).\n"
             "It needs train_images, train_labels, val_images, val_labels, test_images and test_labels."
@@ -166,7 +180,7 @@ def read_arrays(path: Path) -> tuple[dict[str, NDArray[np.uint8]], dict[str, NDA
         with np.load(path, allow_pickle=False) as content:
             for part in PARTS:
                 images[part], truths[part] = content[f"{part}_images"], content[f"{part}_labels"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, MemoryError, EOFError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error, MemoryError, EOFError) as error:
         raise UserError(f"{path}: damaged, or not of MedMNIST's form: {str(error)[:200]}") from error
     for part in PARTS:
         shape, kind = headers[f"{part}_images"]

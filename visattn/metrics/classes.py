@@ -92,10 +92,7 @@ class ClassTable:
     @cached_property
     def chosen(self) -> NDArray[np.bool_]:
         """Which classes were predicted, (N, K)."""
-        if self.multi_label:
-            return self.probabilities > 0.5
-        best = (self.probabilities[:, 1] > 0.5).astype(np.int64) if self.binary else self.probabilities.argmax(axis=1)
-        return np.asarray(best[:, None] == np.arange(len(self.names)))
+        return choose_classes(self.probabilities, self.multi_label)
 
     @cached_property
     def correct(self) -> Array:
@@ -215,6 +212,15 @@ class ClassTable:
             gap = weights @ (inside * (true - probability)[:, None])
             errors.append(_ratio(np.abs(gap).sum(axis=1), weights.sum(axis=1)))
         return np.asarray(np.mean(errors, axis=0))
+
+
+def choose_classes(probabilities: NDArray[np.floating[Any]], multi_label: bool) -> NDArray[np.bool_]:
+    """Which classes probabilities (N, K) in 0..1 predict, (N, K), by the rules of `medmnist`."""
+    if multi_label:
+        return np.asarray(probabilities > 0.5)
+    binary = probabilities.shape[1] == 2
+    best = (probabilities[:, 1] > 0.5).astype(np.int64) if binary else probabilities.argmax(axis=1)
+    return np.asarray(best[:, None] == np.arange(probabilities.shape[1]))
 
 
 def _ratio(part: Array, whole: Array) -> Array:
