@@ -110,6 +110,12 @@ def with_channels(image: NDArray[np.uint8], rank: int, channels: int) -> NDArray
     return np.asarray(np.rint(grey), np.uint8)[..., None]
 
 
+def fits(shape: Sequence[int], rank: int) -> bool:
+    """Whether an array of this shape is one case: grey, or of images also colour."""
+    plain = len(shape) == rank and not (rank == 3 and shape[-1] == 3)  # a volume of three columns is an image
+    return 0 not in shape and (plain or (len(shape) == rank + 1 and shape[-1] in ((1, 3) if rank == 2 else (1,))))
+
+
 def read_size(size: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """The `size` of a recipe, one side or one for each axis."""
     sides = [size] * rank if isinstance(size, int) else list(size)
