@@ -115,7 +115,7 @@ class Arrays:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[tuple[Path, str], NDArray[np.uint8]] = {}
+        self._kept: dict[tuple[Path, str], NDArray[np.uint8] | UserError] = {}
 
     def read(self, case: ClassCase) -> NDArray[np.uint8]:
         """A case as it lies in its array.
@@ -128,5 +128,11 @@ class Arrays:
             if key not in self._kept:
                 while len(self._kept) >= _KEPT:
                     del self._kept[next(iter(self._kept))]
-                self._kept[key] = read_array(case.image, f"{case.part}_images")
-            return np.asarray(self._kept[key][case.index])
+                try:
+                    self._kept[key] = read_array(case.image, f"{case.part}_images")
+                except UserError as error:  # kept too: each of its cases fails by it
+                    self._kept[key] = error
+            found = self._kept[key]
+        if isinstance(found, UserError):
+            raise found
+        return np.asarray(found[case.index])
