@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from visattn.class_scored import read_labels, read_table
+from visattn.class_scored import TASK, read_labels, read_table
+from visattn.class_scored import is_classification as summary_is_classification
 from visattn.metrics.classes import ALL
 from visattn.scored import CASES, SUMMARY, Row, Scored
-
-TASK = "classification"
 
 
 def is_classification(part: Scored) -> bool:
     """Whether a scored folder is a classifier's."""
-    return bool(part.summary.get("task") == TASK)
+    return summary_is_classification(part.summary)
 
 
 def pooled_scores(parts: Sequence[Scored]) -> dict[str, Any]:

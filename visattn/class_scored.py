@@ -13,6 +13,8 @@ from visattn.class_labels import ClassLabels
 from visattn.errors import UserError
 from visattn.metrics.classes import ALL, ClassTable
 
+TASK = "classification"
+
 BETWEEN = "|"
 """Stands between the names of several classes of one case."""
 
@@ -35,6 +37,11 @@ def case_rows(keys: Sequence[tuple[str, str]], table: ClassTable) -> list[dict[s
             }
         )
     return rows
+
+
+def is_classification(summary: Mapping[str, Any]) -> bool:
+    """Whether a scored folder with this summary is a classifier's."""
+    return summary.get("task") == TASK
 
 
 def read_labels(summary: Mapping[str, Any], where: str) -> ClassLabels:

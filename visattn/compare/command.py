@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from visattn.compare.classes import compare_classes
 from visattn.compare.page import write_page
 from visattn.compare.result import Result, compare
 from visattn.compare.runs import printable, read_runs
@@ -31,7 +32,7 @@ def compare_runs(folders: Sequence[Path], output: Path | None = None, as_json: b
     runs = read_runs(folders)
     if output is not None:
         _make(output)  # before the work, as it may fail; after what is refused, so that no empty folder is left
-    result = compare(runs)
+    result = compare(runs) if runs[0].answers is None else compare_classes(runs)
     if as_json:
         print(json.dumps(result.to_json(), indent=2))
     else:

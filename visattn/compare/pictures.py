@@ -14,6 +14,7 @@ from visattn.compare.show import interval, number
 from visattn.errors import UserError
 from visattn.files import atomic_write
 from visattn.metrics import METRICS
+from visattn.metrics.classes import CLASS_METRICS
 from visattn.metrics.paired import gains, pair_up
 from visattn.report import picture_uri
 from visattn.scored import Input, draw_case, load_case
@@ -71,6 +72,8 @@ def draw_pair(result: Result, change: Change) -> Pair:
 def write_plot(result: Result, path: Path) -> Path | None:
     """Draw the scores of all cases, baseline against run, and their sorted differences; a row for each run.
 
+    Of classifiers, whose measures single cases do not have, the differences are drawn with their intervals.
+
     Returns:
         `path`; None if there is nothing to draw or matplotlib is not installed.
     """
@@ -83,9 +86,13 @@ def write_plot(result: Result, path: Path) -> Path | None:
     if not result.measure:
         return None
     rows = len(result.runs)
-    figure = Figure(figsize=(9.6, 3.9 * rows), dpi=150, layout="constrained", facecolor="white")
+    classes = result.task == "classification"
+    figure = Figure(figsize=(9.6, (2.4 if classes else 3.9) * rows), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     for index in range(rows):
+        if classes:
+            _draw_intervals(figure.add_subplot(rows, 1, index + 1), result, index)
+            continue
         _draw_scatter(figure.add_subplot(rows, 2, 2 * index + 1), result, index)
         _draw_gains(figure.add_subplot(rows, 2, 2 * index + 2), result, index)
     with atomic_write(path) as temporary, warnings.catch_warnings():
@@ -94,6 +101,23 @@ def write_plot(result: Result, path: Path) -> Path | None:
         # Without the entry that names the library's version, equal numbers give equal files.
         figure.savefig(temporary, format="png", metadata={"Software": None})
     return path
+
+
+def _draw_intervals(axes: Any, result: Result, index: int) -> None:
+    found = [e for e in result.differences[index] if e.name == result.overall and np.isfinite(e.difference)]
+    for place, entry in enumerate(found):
+        # Better is to the right, whatever the measure.
+        sign = 1 if CLASS_METRICS[entry.metric].higher_is_better else -1
+        clear = np.isfinite(entry.low) and (entry.low > 0 or entry.high < 0)
+        colour = _GREY if not clear else _BETTER if sign * entry.difference > 0 else _WORSE
+        axes.plot([sign * entry.low, sign * entry.high], [place, place], color=colour, linewidth=2.5)
+        axes.plot(sign * entry.difference, place, "o", color=colour, markersize=7)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(found)), [CLASS_METRICS[entry.metric].title for entry in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlabel("gain over the baseline, with its 95 % interval; right is better")
+    axes.set_title(_label(result.runs[index].name), fontsize=11, loc="left", fontweight="bold")
+    _finish(axes)
 
 
 def _draw_scatter(axes: Any, result: Result, index: int) -> None:

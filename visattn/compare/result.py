@@ -50,6 +50,11 @@ class Result:
         measure: By which cases are ranked: Dice where there is one.
         changes: For each run the cases that gain most, then those that lose most, each the largest first.
         notes: What a reader has to know about these numbers.
+        classes: Names of the classes.
+        overall: The name under which all classes are reported.
+        task: segmentation or classification.
+        gain: What `changes` are measured in, in words.
+        test: What the p values are of.
     """
 
     baseline: Run
@@ -58,11 +63,11 @@ class Result:
     measure: str
     changes: list[list[Change]]
     notes: list[str]
-
-    @property
-    def overall(self) -> str:
-        """The name under which all classes are reported: that of the only one, or "mean"."""
-        return self.baseline.table.classes[0] if len(self.baseline.table.classes) == 1 else MEAN
+    classes: tuple[str, ...]
+    overall: str
+    task: str
+    gain: str
+    test: str
 
     @property
     def groups(self) -> int:
@@ -87,11 +92,12 @@ class Result:
             "cases": len(self.baseline.table.cases),
             "groups": self.groups,
             "splits": sorted(set(self.baseline.splits.values())),
-            "classes": list(self.baseline.table.classes),
+            "task": self.task,
+            "classes": list(self.classes),
             "method": {
                 "difference": "run - baseline",
                 "interval": f"{LEVEL:.0%}, bootstrap over groups, {RESAMPLES} resamples",
-                "p": "two-sided sign-flip test over groups",
+                "p": self.test,
                 "p_holm": f"Holm, {FAMILY}",
             },
             "differences": [
@@ -101,7 +107,7 @@ class Result:
             ],
             "largest": [
                 {"run": self.runs[change.run].name, "group": change.case[0], "case": change.case[1],
-                 "measure": self.measure, "gain": change.gain}
+                 "measure": self.gain, "gain": change.gain}
                 for changes in self.changes for change in changes
             ],
             "notes": self.notes,
@@ -130,7 +136,12 @@ def compare(runs: Sequence[Run]) -> Result:
     common = [m for m in baseline.table.values if all(m in run.table.values for run in others)]
     measure = "dice" if "dice" in common else next(iter(common), "")
     changes = [_largest(baseline, run, index, measure) if measure else [] for index, run in enumerate(others)]
-    result = Result(baseline, others, differences, measure, changes, [])
+    classes = baseline.table.classes
+    overall = classes[0] if len(classes) == 1 else MEAN
+    test = "two-sided sign-flip test over groups"
+    result = Result(
+        baseline, others, differences, measure, changes, [], classes, overall, "segmentation", measure, test
+    )
     result.notes.extend(_notes(result))
     return result
 
@@ -145,7 +156,8 @@ def _largest(baseline: Run, run: Run, index: int, measure: str) -> list[Change]:
     return better[:SHOWN] + [change for change in order if change.gain < 0][:SHOWN]
 
 
-def _notes(result: Result) -> list[str]:
+def group_notes(result: Result) -> list[str]:
+    """What has to be said of groups and splits, whatever is compared."""
     notes = []
     groups = result.groups
     if groups == 1:
@@ -156,6 +168,13 @@ def _notes(result: Result) -> list[str]:
         )
     if groups == len(result.baseline.table.cases):
         notes.append("Every case is its own group. If cases share a patient or video, score them with group_by.")
+    if set(result.baseline.splits.values()) == {"val"}:
+        notes.append("Validation cases: a run's best checkpoint was chosen on them, so expect less on new data.")
+    return notes
+
+
+def _notes(result: Result) -> list[str]:
+    notes = group_notes(result)
     for run, found in zip(result.runs, result.differences, strict=True):
         filled = {entry.metric: entry.filled for entry in found if entry.name == result.overall and entry.filled}
         if filled:
@@ -170,8 +189,6 @@ def _notes(result: Result) -> list[str]:
         lost = set(run.table.values) ^ set(result.baseline.table.values)
         if lost:
             notes.append(f"{run.name}: not compared, as one of the two lacks it: {', '.join(sorted(lost))}.")
-    if set(result.baseline.splits.values()) == {"val"}:
-        notes.append("Validation cases: a run's best checkpoint was chosen on them, so expect less on new data.")
     return notes
 
 

@@ -4,19 +4,21 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from visattn.class_scored import is_classification, read_labels, read_table
 from visattn.data.nifti import collect_warnings
 from visattn.errors import UserError
 from visattn.files import read_small
 from visattn.labels import Labels
 from visattn.mask_files import read_any_mask
+from visattn.metrics.classes import ALL, ClassTable
 from visattn.metrics.table import CaseTable
-from visattn.scored import CASES, Input, Scored, read_scored
+from visattn.scored import CASES, SUMMARY, Input, Scored, read_scored
 
 _NAMED = 4  # cases that a refusal names on either side
 # Folders whose name says nothing without that of the folder around them: evaluations of a run, folds, its time.
@@ -35,12 +37,14 @@ class Run:
         scored: What was read.
         table: Its measures, with cases and classes in the baseline's order.
         splits: Of each case.
+        answers: What a classifier made of the cases, in the order of the table; None for segmentation.
     """
 
     name: str
     scored: Scored
     table: CaseTable
     splits: dict[Case, str]
+    answers: ClassTable | None = None
 
     @property
     def recipe(self) -> str | None:
@@ -72,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
         run = _read(folder, name)
         if runs:
             _check_comparable(runs[0], run)
-            run = Run(run.name, run.scored, run.table.like(runs[0].table), run.splits)
+            run = _like(run, runs[0])
         runs.append(run)
     return runs
 
@@ -119,17 +123,45 @@ def _read(folder: Path, name: str) -> Run:
     if folder.is_dir() and not (folder / CASES).is_file() and (inside / CASES).is_file():
         raise UserError(f"{folder}: holds no scores itself. Did you mean {inside}?")
     scored = read_scored(folder)
+    splits = {(row["group"] or row["case"], row["case"]): row.get("split", "") for row in scored.rows}
+    if is_classification(scored.summary):
+        labels = read_labels(scored.summary, str(folder / SUMMARY))
+        answers = read_table(scored.rows, labels, str(folder / CASES))
+        cases = tuple((row["group"] or row["case"], row["case"]) for row in scored.rows)
+        if len(set(cases)) < len(cases):
+            raise UserError(f"{folder / CASES}: holds a case twice.\nScore the cases again.")
+        return Run(name, scored, CaseTable(cases, (ALL,), {"accuracy": answers.correct[:, None]}), splits, answers)
     try:
         table = CaseTable.from_rows(scored.rows)
     except ValueError as error:
         raise UserError(f"{folder / CASES}: {error}.\nScore the cases again.") from error
     if any(np.isinf(values).any() for values in table.values.values()):
         raise UserError(f"{folder / CASES}: holds infinite values.\nLeave a cell empty where a measure is undefined.")
-    splits = {(row["group"] or row["case"], row["case"]): row.get("split", "") for row in scored.rows}
     return Run(name, scored, table, splits)
 
 
+def _like(run: Run, baseline: Run) -> Run:
+    """The same run with cases and classes in the order of the baseline's."""
+    table = run.table.like(baseline.table)
+    if run.answers is None:
+        return replace(run, table=table)
+    order = {case: index for index, case in enumerate(run.table.cases)}
+    rows = np.array([order[case] for case in table.cases], np.int64)
+    groups = tuple(run.answers.groups[row] for row in rows)
+    answers = ClassTable(run.answers.names, run.answers.probabilities[rows], run.answers.truth[rows], groups)
+    return replace(run, table=table, answers=answers)
+
+
 def _check_comparable(baseline: Run, run: Run) -> None:
+    if (baseline.answers is None) != (run.answers is None):
+        kinds = ["classification" if one.answers is not None else "segmentation" for one in (baseline, run)]
+        raise UserError(
+            f"{_of(baseline)} is a {kinds[0]} and {_of(run)} a {kinds[1]}: they have no measure in common.\n"
+            "Compare runs of one task."
+        )
+    if baseline.answers is not None and run.answers is not None:
+        _check_classes(baseline, run, baseline.answers, run.answers)
+        return
     # Labels and classes first: they say most about what went wrong where several things differ.
     if set(baseline.table.classes) != set(run.table.classes):
         raise UserError(
@@ -148,6 +180,31 @@ def _check_comparable(baseline: Run, run: Run) -> None:
     _check_cases(baseline, run)
     _check_splits(baseline, run)
     _check_truth(baseline, run)
+
+
+def _check_classes(baseline: Run, run: Run, first: ClassTable, second: ClassTable) -> None:
+    if (first.names, first.multi_label) != (second.names, second.multi_label):
+        kinds = [", several at once" if one.multi_label else "" for one in (first, second)]
+        raise UserError(
+            f"{_of(baseline)} and {_of(run)} tell different classes apart.\n"
+            f"{_of(baseline)}: {_listed(first.names)}{kinds[0]}\n{_of(run)}: {_listed(second.names)}{kinds[1]}\n"
+            "Compare runs with the same classes in the same order."
+        )
+    _check_cases(baseline, run)
+    _check_splits(baseline, run)
+    ours, theirs = (
+        dict(zip(one.table.cases, table.true, strict=True)) for one, table in ((baseline, first), (run, second))
+    )
+    wrong = [case for case in baseline.table.cases if not np.array_equal(ours[case], theirs[case])]
+    if wrong:
+        classes = [
+            ", ".join(name for name, has in zip(first.names, true[wrong[0]], strict=True) if has) or "none"
+            for true in (ours, theirs)
+        ]
+        raise UserError(
+            f"The true classes of {len(wrong)} cases differ, as of '{_case(wrong[0])}': {printable(classes[0])} in "
+            f"{_of(baseline)}, {printable(classes[1])} in {_of(run)}.\nScore both runs against the same classes."
+        )
 
 
 def _check_cases(baseline: Run, run: Run) -> None:

@@ -6,9 +6,11 @@ from typing import Any
 from visattn.compare.result import Result
 from visattn.compare.runs import printable
 from visattn.metrics import METRICS, digits, metrics_of
+from visattn.metrics.classes import CLASS_METRICS
 from visattn.metrics.paired import Difference
 
-HEADLINE = ("dice", "iou", "hd95", "nsd", "volume_error", "lesion_f1", "fpr_empty")
+_KNOWN = METRICS | CLASS_METRICS
+HEADLINE = ("dice", "iou", "hd95", "nsd", "volume_error", "lesion_f1", "fpr_empty", *CLASS_METRICS)
 """Measures on the terminal; files hold all."""
 _WIDTH = 126  # columns that the widest table needs
 
@@ -29,7 +31,8 @@ def show(result: Result) -> None:
     for note in result.notes:
         console.print(f"- {printable(note, 400)}", soft_wrap=True)
     console.print(
-        "Difference: run - baseline, 95 % interval by bootstrap over groups. p: sign-flip test over groups"
+        "Difference: run - baseline, 95 % interval by bootstrap over groups. "
+        + f"p: {result.test.removeprefix('two-sided ')}"
         + (", Holm: corrected within each measure. " if _several(result) else ". ")
         + "Name the measure you judge by before you look.",
         soft_wrap=True,
@@ -40,7 +43,7 @@ def number(value: float, metric: str, signed: bool = False) -> str:
     """A value of a measure: four digits, for pixels and mm one, for ml two."""
     if not math.isfinite(value):
         return "\u2013"
-    text = f"{value:{'+' if signed else ''}.{digits(METRICS[metric].unit)}f}"
+    text = f"{value:{'+' if signed else ''}.{digits(_KNOWN[metric].unit)}f}"
     return text.replace("-", "\u2212") if float(text) else text.lstrip("+-")
 
 
@@ -60,7 +63,7 @@ def p_value(p: float) -> str:
 
 def arrow(metric: str) -> str:
     """Where better values are."""
-    return "\u2191" if METRICS[metric].higher_is_better else "\u2193"
+    return "\u2191" if _KNOWN[metric].higher_is_better else "\u2193"
 
 
 def _several(result: Result) -> bool:
@@ -72,9 +75,10 @@ def _table(result: Result, run: int) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    classes = len(result.baseline.table.classes) > 1
+    classes = len(result.classes) > 1
+    by_class = "dice" if result.task == "segmentation" else "recall"
     several = _several(result)
-    metrics = metrics_of(result.baseline.table.values)
+    metrics = metrics_of(result.baseline.table.values) | CLASS_METRICS
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", no_wrap=True)
     if classes:
@@ -83,8 +87,12 @@ def _table(result: Result, run: int) -> Any:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("win/tie/loss", justify="right", no_wrap=True)
     for entry in result.differences[run]:
-        # Of several classes Dice alone is shown one by one: the table stays short enough to be read.
-        if entry.metric not in HEADLINE or not entry.pairs or (entry.name != result.overall and entry.metric != "dice"):
+        # Of several classes one measure is shown one by one: the table stays short enough to be read.
+        if (
+            entry.metric not in HEADLINE
+            or not entry.pairs
+            or (entry.name != result.overall and entry.metric != by_class)
+        ):
             continue
         unit = f" ({metrics[entry.metric].unit})" if metrics[entry.metric].unit in ("mm", "ml") else ""
         cells = [f"{entry.metric}{unit} {arrow(entry.metric)}"]
@@ -98,5 +106,6 @@ def _table(result: Result, run: int) -> Any:
             p_value(entry.p),
         ]
         cells += [p_value(entry.p_holm)] if several else []
-        table.add_row(*(Text(cell) for cell in [*cells, f"{entry.wins}/{entry.ties}/{entry.losses}"]))
+        cells.append(f"{entry.wins}/{entry.ties}/{entry.losses}" if entry.counted else "\u2013")
+        table.add_row(*(Text(cell) for cell in cells))
     return table

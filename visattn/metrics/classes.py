@@ -107,7 +107,7 @@ class ClassTable:
 
     def means(self) -> dict[str, float]:
         """Every measure as `<class>/<measure>`, and under `all` those over all classes."""
-        return {f"{name}/{metric}": value for (name, metric), value in zip(self._columns(), self._all(), strict=True)}
+        return {f"{name}/{metric}": value for (name, metric), value in zip(self.columns(), self._all(), strict=True)}
 
     def summarise(self, n: int = 2000, seed: int = 0) -> list[Summary]:
         """Every measure with its interval, by a bootstrap over groups.
@@ -120,10 +120,10 @@ class ClassTable:
         n = max(100, min(n, _WORK // max(1, count * classes)))
         groups = self.groups or tuple(map(str, range(count)))
         chunk = max(1, min(64, _CELLS // max(1, count)))
-        ends = resample_interval(self._statistics, groups, n, seed, chunk=chunk)
+        ends = resample_interval(self.statistics, groups, n, seed, chunk=chunk)
         return [
             Summary(name, metric, value, float(low), float(high), count, 0)
-            for (name, metric), value, (low, high) in zip(self._columns(), self._all(), ends, strict=True)
+            for (name, metric), value, (low, high) in zip(self.columns(), self._all(), ends, strict=True)
         ]
 
     def confusion(self) -> dict[str, Any]:
@@ -148,13 +148,14 @@ class ClassTable:
         }
         return describe_bins(bins)
 
-    def _columns(self) -> list[tuple[str, str]]:
+    def columns(self) -> list[tuple[str, str]]:
+        """Name and measure of each column of `statistics`."""
         return [(ALL, metric) for metric in _OVERALL] + [(name, metric) for name in self.names for metric in _BY_CLASS]
 
     def _all(self) -> list[float]:
-        return [float(value) for value in self._statistics(np.ones((1, len(self.truth))))[0]]
+        return [float(value) for value in self.statistics(np.ones((1, len(self.truth))))[0]]
 
-    def _statistics(self, weights: Array) -> Array:
+    def statistics(self, weights: Array) -> Array:
         """The measures (m, columns) of cases that count as often as `weights` (m, N) says."""
         true, chosen = self.true.astype(np.float64), self.chosen.astype(np.float64)
         total = weights.sum(axis=1, keepdims=True)

@@ -77,6 +77,11 @@ class Difference:
     undefined: int
     groups: int
 
+    @property
+    def counted(self) -> bool:
+        """Whether single cases have a value in this measure, so that wins and losses mean something."""
+        return self.wins + self.ties + self.losses > 0
+
 
 def compare_tables(
     baseline: CaseTable,
