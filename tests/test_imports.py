@@ -45,7 +45,7 @@ LEVELS: list[set[str]] = [
     },
     {"evaluate_output", "gna", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
-    {"checkpoint", "convert", "evaluate_show"},
+    {"checkpoint", "convert", "evaluate_show", "summary"},
     {"callbacks", "checkpoint_io", "members", "predict_common", "survival", "volume_inference"},
     {"predict_classes_plan", "predict_volumes_measure", "predict_volumes_plan", "scoring", "slice_network"},
     {"class_predictor", "volume_predictor"},

@@ -43,7 +43,7 @@ def _check_command(arguments: Sequence[str], known: Sequence[str]) -> None:
 
 def _check_rest(parser: argparse.ArgumentParser, command: str, rest: Sequence[str]) -> None:
     """Only commands that take a recipe or a network accept further keys."""
-    if not rest or command in {"fit", "validate", "test", "doctor", "convert"}:
+    if not rest or command in {"fit", "validate", "test", "doctor", "convert", "models"}:
         return
     name = rest[0].split("=")[0]
     guess = nearest(name, re.findall(r"--\w[\w-]*", parser.format_help()))

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    arguments = _arguments(rest)
+    arguments = arguments_of("convert", rest)
     from visattn.convert import convert_weights
 
     done = convert_weights(options.weights, options.model, options.output, arguments)
@@ -42,8 +42,12 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _arguments(rest: Sequence[str]) -> dict[str, Any]:
-    """`--classes 3 --filters [4, 8]` as a dictionary, values read as YAML."""
+def arguments_of(command: str, rest: Sequence[str]) -> dict[str, Any]:
+    """`--classes 3 --filters [4, 8]` as a dictionary, values read as YAML; `command` is what errors name.
+
+    Raises:
+        UserError: It is no list of keys and values.
+    """
     import yaml
 
     found: dict[str, Any] = {}
@@ -52,9 +56,11 @@ def _arguments(rest: Sequence[str]) -> dict[str, Any]:
         word = words.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--") or not key or (not equals and not words):
-            raise UserError(f"convert: unexpected argument {word}.\nSee: visattn convert --help")
+            raise UserError(f"{command}: unexpected argument {word}.\nSee: visattn {command} --help")
         try:
             found[key.replace("-", "_")] = yaml.safe_load(value if equals else words.pop(0))
         except yaml.YAMLError:
-            raise UserError(f"convert: the value of --{key} cannot be read; lists are written as '[16, 32]'") from None
+            raise UserError(
+                f"{command}: the value of --{key} cannot be read; lists are written as '[16, 32]'"
+            ) from None
     return found

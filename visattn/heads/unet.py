@@ -27,7 +27,7 @@ from visattn.errors import UserError, did_you_mean, unknown
 Skip = str | Mapping[str, Any]
 Upsampling = Literal["interpolate", "transpose", "pixel_shuffle", "patch_expand"]
 SKIPS = ("concat", "add", *FUSION)
-DECODERS = ("conv", "residual", *ATTENTION)
+DECODERS = tuple(dict.fromkeys(("conv", "residual", *ATTENTION)))
 UPSAMPLING = ("interpolate", "transpose", "pixel_shuffle", "patch_expand")
 TRANSPOSED: dict[int, Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 SLOPE = 0.01  # of the leaky ReLU
