@@ -6,7 +6,6 @@ registers at once if timm is there already, and otherwise right after somebody h
 
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -32,19 +31,21 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm":
             return None
-        sys.meta_path.remove(self)  # first, or the search below would come here again
-        spec = importlib.util.find_spec("timm")
+        # A search is no import: others look whether timm is there and do without it. So nothing changes here.
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((each for each in found if each is not None), None)
         if spec is None or spec.loader is None:
-            return None
-        spec.loader = _Loader(spec.loader)
+            return spec
+        spec.loader = _Loader(spec.loader, self)
         return spec
 
 
 class _Loader(importlib.abc.Loader):
     """timm's own loader; what follows the import is the registration."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: importlib.abc.Loader, finder: _AfterTimm) -> None:
+        self._loader, self._finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -54,4 +55,6 @@ class _Loader(importlib.abc.Loader):
         if spec is not None:
             spec.loader = self._loader  # from here on the module looks like any other
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         _register_now()

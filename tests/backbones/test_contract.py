@@ -223,7 +223,16 @@ assert timm.is_model("va_pyramid_tiny") and timm.is_model("resnet18")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("imports", ["import visattn, timm", "import timm, visattn", "import timm.models, visattn"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import visattn, timm",
+        "import timm, visattn",
+        "import timm.models, visattn",
+        # Libraries look whether timm is there, and the import comes later.
+        "import visattn, importlib.util; importlib.util.find_spec('timm'); import timm",
+    ],
+)
 def test_either_import_order_registers(imports):
     subprocess.run([sys.executable, "-c", IMPORTS.format(imports=imports)], check=True, timeout=120)
 
