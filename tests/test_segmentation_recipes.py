@@ -66,8 +66,12 @@ def fit(name: str, folder: Path, *more: str) -> Path:
     return folder / "run"
 
 
-def test_a_recipe_trains_on_its_phantom(few, tmp_path):
+def test_a_recipe_trains_on_its_phantom(few, tmp_path, capsys):
     run = fit("nuclei_unet_ela", tmp_path)
+    told = capsys.readouterr().err
+    assert "network: unet over va_resnet18_ela_l" in told
+    assert "FLOPs for 3 x 64 x 64\nmemory: about" in told
+    assert "for a step of 2 in 16 bits" in told
     assert "phantom:nuclei (embedded, synthetic)" in (run / "report.html").read_text()
     assert "Synthetic images" in (run / "report.html").read_text()
     with (run / "cases.csv").open(newline="") as handle:

@@ -30,6 +30,7 @@ from visattn.recipe_cli import RecipeCLI, parse
 from visattn.runs import LAST, ROOT, find_checkpoint, is_first_process, new_run, recipe_of, start_run, write_run
 from visattn.signals import Stopped, StopRequest
 from visattn.space import held, refuse_too_small, refuse_unwritable
+from visattn.summary import amount, summarise
 from visattn.survival import Averaging, EpochMeans, StopOnSignal
 
 __all__ = ["RecipeCLI", "parse", "run_stage"]
@@ -170,7 +171,7 @@ def _train(
     )
     if trainer.is_global_zero:
         counts = ", ".join(f"{len(cases)} {split}" for split, cases in data.cases.items() if cases)
-        print(f"run: {run}\ndata: {data.description}: {counts}", file=sys.stderr)
+        print(f"run: {run}\ndata: {data.description}: {counts}\n{_costs(cli, task, data)}", file=sys.stderr)
     started = time.monotonic()
     try:
         trainer.fit(task, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -194,6 +195,28 @@ def _train(
     if trainer.is_global_zero:
         print(f"best checkpoint: {best}" + (f"\nreport: {report}" if report else ""), file=sys.stderr)
     return 0
+
+
+def _costs(cli: RecipeCLI, task: TrainingTask, data: Any) -> str:
+    """What the network consists of and takes, in two lines."""
+    assert task.network is not None
+    config, settings = task.config["network"], data.preprocessing
+    name = " over ".join(str(config[key]) for key in ("name", "backbone") if config.get(key))
+    shape = (settings.in_channels, *(getattr(settings, "patch", None) or settings.size))
+    mixed = "16" in str(cli.config.trainer.precision)
+    try:
+        found = summarise(task.network, shape, data.batch_size)
+    except UserError as error:  # a network that decides by the values that it sees: it trains all the same
+        parameters = sum(each.numel() for each in task.network.parameters())
+        return f"network: {name}, {parameters:,} parameters\nmemory: unknown; {error}"
+    image = " x ".join(str(n) for n in shape)
+    needed = amount(found.training_memory(mixed), "B")
+    return (
+        f"network: {name}, {found.layers} layers, {found.parameters:,} parameters, "
+        f"{amount(found.flops, 'FLOPs')} for {image}\n"
+        f"memory: about {needed} for a step of {data.batch_size}{' in 16 bits' if mixed else ''}, "
+        f"{amount(found.inference_memory, 'B')} to predict one (computed; visattn models says how)"
+    )
 
 
 def _say_why_early(trainer: Any) -> None:

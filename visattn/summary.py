@@ -54,6 +54,7 @@ class Summary:
         input: Channels and spatial size of an image.
         output: Shapes that the network gives for one image.
         parts: The network's parts and theirs.
+        layers: Number of modules that have parameters of their own.
         parameters: Number of parameters.
         trainable: Those of them that training changes.
         flops: Operations of a prediction for one image.
@@ -66,6 +67,7 @@ class Summary:
     input: tuple[int, ...]
     output: tuple[tuple[int, ...], ...]
     parts: tuple[Part, ...]
+    layers: int
     parameters: int
     trainable: int
     flops: int
@@ -125,6 +127,7 @@ def summarise(network: nn.Module, shape: Sequence[int], batch: int = 2) -> Summa
         input=tuple(shape),
         output=_shapes(result),
         parts=tuple(_parts(shadow, outputs)),
+        layers=sum(any(True for _ in module.parameters(recurse=False)) for module in shadow.modules()),
         parameters=sum(each.numel() for each in parameters),
         trainable=sum(each.numel() for each in parameters if each.requires_grad),
         flops=counter.get_total_flops(),

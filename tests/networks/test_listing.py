@@ -67,6 +67,7 @@ def test_a_summary_counts_what_a_hand_counts():
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.Flatten(2), nn.Conv1d(4, 5, 1, bias=False))
     found = summarise(net, (2, 8, 6), batch=3)
     assert found.parameters == found.trainable == 2 * 4 * 9 + 4 * 5
+    assert found.layers == 2
     assert found.flops == 2 * 48 * (2 * 4 * 9 + 4 * 5)
     assert found.output == ((5, 48),)
     weights = 4 * found.parameters

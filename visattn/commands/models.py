@@ -137,6 +137,7 @@ def _summary(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for title, text in (
         ("input", _shapes([found.input])),
         ("output", _shapes(found.output)),
+        ("layers", f"{found.layers} with parameters"),
         ("parameters", f"{found.parameters:,}" + (f", {frozen:,} of them without use and frozen" if frozen else "")),
         (
             "operations",
