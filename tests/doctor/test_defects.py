@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from visattn.doctor import volume_codes
+from visattn.doctor import class_codes, volume_codes
 from visattn.doctor.codes import KINDS
 
 
@@ -39,7 +39,8 @@ def test_every_kind_is_planted(defects):
     always = {"class-balance", "parts", "loader-advice"}  # of any data set
     mocked = {"no-permission"}  # below: the tests may run as root, who may read everything
     volumes = {*volume_codes.ERRORS, *volume_codes.WARNINGS, *volume_codes.INFO}  # test_doctor_volumes.py plants them
-    assert set(KINDS) == planted | always | mocked | volumes
+    classes = {*class_codes.ERRORS, *class_codes.WARNINGS}  # test_doctor_classes.py plants them
+    assert set(KINDS) == planted | always | mocked | volumes | classes
     assert len(planted) >= 40
 
 

@@ -72,7 +72,7 @@ def test_json(clean, defects, capsys):
     (clean / defects.MASK).unlink()
     assert main(["doctor", str(clean), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert list(report) == ["format", "data", "cases", "labels", "labels_guessed", "counts", "findings"]
+    assert list(report) == ["format", "data", "cases", "labels", "labels_guessed", "classes", "counts", "findings"]
     assert report["format"] == 1
     assert report["cases"] == 15
     assert report["labels"] == {"background": 0, "foreground": 255}

@@ -45,15 +45,14 @@ def list_folders(path: Path, root: str) -> list[Row]:
     if not rows:
         found = ", ".join(inner[:8]) or "no folder"
         raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
-    _refuse_twice(rows)
     return sorted(rows)
 
 
-def list_table(path: Path, multi_label: bool) -> list[Row]:
-    """The images that a table names.
+def list_table(path: Path, multi_label: bool) -> tuple[list[Row], list[str]]:
+    """The images that a table names, and what is wrong in lines that are left out, one text each.
 
     Raises:
-        UserError: It is no table of images, or a line is wrong.
+        UserError: It is no table of images.
     """
     if path.suffix.lower() != ".csv":
         raise UserError(f"data.root: {path} is a file, but no .csv table of images")
@@ -67,27 +66,35 @@ def list_table(path: Path, multi_label: bool) -> list[Row]:
         if needed not in columns:
             raise unknown(f"column, which {path} needs:", needed, columns)
     rows: list[Row] = []
+    problems = []
     for line, row in enumerate(table, 2):
         file, text = (row["image"] or "").strip(), (row["label"] or "").strip()
         labels = tuple(part.strip() for part in text.split("|") if part.strip()) if multi_label else (text,)
         part = (row.get("part") or "").strip()
         if not file or (not text and not multi_label):
-            raise UserError(f"{path} line {line}: needs an image and a label")
+            problems.append(f"{path} line {line}: needs an image and a label")
+            continue
         if part and part not in PARTS:
-            raise unknown(f"part in {path} line {line}:", part, PARTS)
+            problems.append(f"{path} line {line}: the part {part!r:.40} is none of {', '.join(PARTS)}")
+            continue
         name = Path(file).with_suffix("").as_posix()
         rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
-    if not rows:
+    if not rows and not problems:
         raise UserError(f"data.root: {path} names no images")
-    _refuse_twice(rows)
-    return sorted(rows)
+    return sorted(rows), problems
 
 
-def _refuse_twice(rows: Sequence[Row]) -> None:
+def check_rows(rows: Sequence[Row], problems: Sequence[str]) -> None:
+    """Refuse lines that are wrong, and names that stand twice.
+
+    Raises:
+        UserError: There are some; the first ones are listed and the rest counted.
+    """
+    raise_problems(list(problems), len(rows) + len(problems))
     seen: dict[str, Path] = {}
-    problems = [
+    twice = [
         f"{file}: shares its name with {seen[name].name}; keep one of them"
         for name, file, *_ in rows
         if seen.setdefault(name, file) is not file
     ]
-    raise_problems(problems, len(rows))
+    raise_problems(twice, len(rows))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from visattn.class_labels import ClassLabels
 from visattn.data.cases import fingerprint_of, raise_problems
 from visattn.data.class_cases import LabelledCase
-from visattn.data.class_files import list_folders, list_table
+from visattn.data.class_files import check_rows, list_folders, list_table
 from visattn.data.class_module import ClassDataModule, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size
@@ -103,7 +103,8 @@ class ImageFolder(ClassDataModule):
         path = Path(self.root).expanduser()
         if path.is_dir() and self.multi_label:
             raise UserError("data.multi_label: a folder is one class; images with several need a table (.csv) as root")
-        rows = list_table(path, self.multi_label) if path.is_file() else list_folders(path, self.root)
+        rows, problems = list_table(path, self.multi_label) if path.is_file() else (list_folders(path, self.root), [])
+        check_rows(rows, problems)
         present = sorted({name for _, _, names, _, _ in rows for name in names})
         self._labels = ClassLabels.from_config(self._names or present, self.multi_label)
         index = {name: number for number, name in enumerate(self._labels.names)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from visattn.data import DATA
 from visattn.data.cases import Case, ImageFolder, scan_folder, scan_roots
 from visattn.doctor import recipe as recipes
+from visattn.doctor.class_sets import examine_class_recipe, examine_classes
 from visattn.doctor.copies import check_copies
 from visattn.doctor.files import check_files
 from visattn.doctor.findings import Finding, Findings, printable
@@ -21,6 +22,7 @@ from visattn.errors import UserError
 from visattn.labels import Labels
 from visattn.recipe import resolve
 from visattn.survey import find_parts, guess_label_map
+from visattn.survey.classes import class_source
 
 __all__ = ["Finding", "Report", "examine_folder", "examine_recipe", "run_doctor"]
 
@@ -63,10 +65,14 @@ def run_doctor(
 def examine_folder(folder: Path | str) -> Report:
     """Examine the data set in `folder`; what the masks' values mean is guessed from them.
 
+    Data to classify are class folders, a table (.csv), or a file of MedMNIST's form (.npz).
+
     Raises:
         UserError: There is no such folder, or no images with masks in it.
     """
     root = Path(folder).expanduser()
+    if class_source(root) is not None:
+        return examine_classes(folder)
     if holds_volumes(root):
         return examine_volumes(folder)
     found = find_parts(root)
@@ -106,6 +112,8 @@ def examine_recipe(configs: Sequence[str], rest: Sequence[str] = ()) -> Report:
     name, tree = resolve(configs, rest)
     if tree["data"]["class_path"] == DATA["VolumeFolder"]:
         return examine_volume_recipe(name, tree)
+    if tree["data"]["class_path"] in (DATA["ImageFolder"], DATA["MedMNIST"]):
+        return examine_class_recipe(name, tree)
     section = recipes.read_recipe(name, tree)
     for root in (*section.roots, *section.test_roots):
         if holds_volumes(Path(root).expanduser()):

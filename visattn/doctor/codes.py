@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from visattn.doctor import volume_codes
+from visattn.doctor import class_codes, volume_codes
 
 Severity = Literal["error", "warning", "info"]
 
@@ -255,8 +255,10 @@ _INFO = _kinds(
 KINDS: dict[str, Kind] = {
     **_ERRORS,
     **_kinds("error", volume_codes.ERRORS),
+    **_kinds("error", class_codes.ERRORS),
     **_WARNINGS,
     **_kinds("warning", volume_codes.WARNINGS),
+    **_kinds("warning", class_codes.WARNINGS),
     **_INFO,
     **_kinds("info", volume_codes.INFO),
 }

@@ -15,7 +15,11 @@ _SHOWN = 6
 
 
 def check_copies(
-    seen: Sequence[Seen], parts: Mapping[str, str], groups: Mapping[str, str], findings: Findings
+    seen: Sequence[Seen],
+    parts: Mapping[str, str],
+    groups: Mapping[str, str],
+    findings: Findings,
+    videos: bool = True,
 ) -> list[tuple[int, int]]:
     """Compare images and masks with each other.
 
@@ -24,6 +28,7 @@ def check_copies(
         parts: train, val or test for each case's name; empty where nothing divides them.
         groups: The group of each case's name, where the recipe forms groups: copies in one group are no matter.
         findings: Where to note what is found.
+        videos: Whether names tell an order, so that neighbours can be frames.
 
     Returns:
         Pairs of indices of `seen` that belong together: copies, and frames of one video.
@@ -40,11 +45,11 @@ def check_copies(
             _tell("same-image-different-masks", together, {}, findings, masks=True)
     _check_masks(seen, findings)
     ties = [(members[0], index) for members in exact for index in members[1:]]
-    return ties + _check_pictures(seen, parts, groups, findings)
+    return ties + _check_pictures(seen, parts, groups, findings, videos)
 
 
 def _check_pictures(
-    seen: Sequence[Seen], parts: Mapping[str, str], groups: Mapping[str, str], findings: Findings
+    seen: Sequence[Seen], parts: Mapping[str, str], groups: Mapping[str, str], findings: Findings, videos: bool
 ) -> list[tuple[int, int]]:
     """Copies by eye, and videos; the pairs that they tie."""
     looks = [(index, one.look) for index, one in enumerate(seen) if one.look is not None]
@@ -61,18 +66,20 @@ def _check_pictures(
                 _tell("near-duplicate-across-parts", together, parts, findings)
             elif not _grouped(together, groups):
                 _tell("mirrored-image" if turned else "near-duplicate-image", together, parts, findings)
+    if not videos:
+        return ties
     colours = np.stack([look.colours for _, look in looks])
     by_folder: dict[Path, list[int]] = defaultdict(list)
     for position, (index, _) in enumerate(looks):
         by_folder[seen[index].case.image.parent].append(position)
     for members in by_folder.values():
         stems = [seen[looks[position][0]].case.image.stem for position in members]
-        videos = [
-            [looks[members[place]][0] for place in video]
-            for video in find_sequences(stems, thumbnails[members], colours[members])
+        films = [
+            [looks[members[place]][0] for place in film]
+            for film in find_sequences(stems, thumbnails[members], colours[members])
         ]
-        _tell_videos([[seen[index] for index in video] for video in videos], parts, findings)
-        ties += [(video[0], index) for video in videos for index in video[1:]]
+        _tell_videos([[seen[index] for index in film] for film in films], parts, findings)
+        ties += [(film[0], index) for film in films for index in film[1:]]
     return ties
 
 

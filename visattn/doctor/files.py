@@ -44,15 +44,15 @@ def check_files(seen: Sequence[Seen], findings: Findings) -> None:
     """Examine every file by itself, then the pairs, then what the images have in common."""
     for one in seen:
         for facts in (one.image, one.mask):
-            _check_file(facts, findings)
+            check_file(facts, findings)
         for path, text in one.complaints:
             findings.file("decoder-warning", path, text)
         _check_pair(one, findings)
         if not one.image.error:
-            _check_image(one, findings)
+            check_image(one, findings)
         if not one.mask.error:
             _check_mask_kind(one.mask, findings)
-    _check_together([one.image for one in seen if not one.image.error], findings)
+    check_together([one.image for one in seen if not one.image.error], findings)
 
 
 def refusal(message: str) -> str:
@@ -60,7 +60,8 @@ def refusal(message: str) -> str:
     return next((code for part, code in _REFUSALS if part in message), "damaged-file")
 
 
-def _check_file(facts: Facts, findings: Findings) -> None:
+def check_file(facts: Facts, findings: Findings) -> None:
+    """Why a file cannot be read, and whether its suffix is right."""
     if facts.error:
         findings.file(refusal(facts.error), facts.path, facts.error.removeprefix(f"{facts.path}: "))
     suffix = facts.path.suffix.lower()
@@ -88,7 +89,8 @@ def _check_pair(one: Seen, findings: Findings) -> None:
         findings.file("exif-turned", image.path)
 
 
-def _check_image(one: Seen, findings: Findings) -> None:
+def check_image(one: Seen, findings: Findings) -> None:
+    """Size, values and kind of pixels of an image that can be read."""
     facts, look = one.image, one.look
     assert facts.size is not None
     height, width = facts.size
@@ -121,7 +123,8 @@ def _check_mask_kind(facts: Facts, findings: Findings) -> None:
         findings.file("mask-rgb", facts.path)
 
 
-def _check_together(images: Sequence[Facts], findings: Findings) -> None:
+def check_together(images: Sequence[Facts], findings: Findings) -> None:
+    """What all images have in common: sizes and colour."""
     sizes = Counter(facts.size for facts in images if facts.size)
     if len(sizes) > 1:
         usual, number = sizes.most_common(1)[0]

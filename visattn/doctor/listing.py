@@ -18,7 +18,7 @@ _LONGEST = 200  # bytes; file systems allow 255, and a prediction's name grows b
 def check_folder(folder: ImageFolder, findings: Findings) -> None:
     """Examine the names in the folder of images and in that of masks."""
     for inside in (folder.images, folder.masks):
-        _check_names(inside, findings)
+        check_names(inside, findings)
     for left_out, used in folder.same_stem:
         findings.file("duplicate-stem", used, f"and {left_out.name}")
     lost = [(path, "missing-mask", folder.masks) for path in folder.without_mask]
@@ -27,7 +27,8 @@ def check_folder(folder: ImageFolder, findings: Findings) -> None:
         findings.file(code, path, _near_miss(path, other))
 
 
-def _check_names(folder: Path, findings: Findings) -> None:
+def check_names(folder: Path, findings: Findings, below: bool = False) -> None:
+    """Examine the names in one folder; `below` says that its subfolders are looked into too."""
     folded: dict[str, list[str]] = defaultdict(list)
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
@@ -37,7 +38,8 @@ def _check_names(folder: Path, findings: Findings) -> None:
             findings.file("hidden-files", path)
             continue
         if entry.is_dir():
-            findings.file("folder-like-image" if suffix in SUFFIXES else "subfolders", path)
+            if suffix in SUFFIXES or not below:
+                findings.file("folder-like-image" if suffix in SUFFIXES else "subfolders", path)
             continue
         if entry.is_symlink() and not path.exists():
             findings.file("broken-link", path, f"to {os.readlink(path)}")

@@ -5,7 +5,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,25 +106,35 @@ def read_cases(cases: Sequence[Case], labels: Labels | None, size: tuple[int, in
     """
     for kind in sorted({kind_of(case.name) for case in cases if case.root == PHANTOM}):
         embedded(kind)  # once, before the threads ask for it
+    return look_at_all(cases, lambda case, heard: _look(case, labels, size, heard))
+
+
+def look_at_all(cases: Sequence[Case], look: "Callable[[Case, Heard], Seen]") -> list[Seen]:
+    """Look at every case once, in threads.
+
+    Args:
+        cases: The cases.
+        look: What is learned from one; it says in `Heard.path` which file it reads.
+    """
     seen: list[Seen] = []
     threads = min(8, os.cpu_count() or 1)
     with Bar("examining", len(cases)) as bar, _complaints() as heard, ThreadPoolExecutor(threads) as pool:
 
-        def look(case: Case) -> Seen:
+        def hear(case: Case) -> Seen:
             heard.said = []
-            return replace(_look(case, labels, size, heard), complaints=tuple(heard.said))
+            return replace(look(case, heard), complaints=tuple(heard.said))
 
         waiting: deque[Future[Seen]] = deque()
         todo: Iterator[Case] = iter(cases)
         while True:
-            waiting.extend(pool.submit(look, case) for case in islice(todo, _AHEAD - len(waiting)))
+            waiting.extend(pool.submit(hear, case) for case in islice(todo, _AHEAD - len(waiting)))
             if not waiting:
                 return seen
             seen.append(waiting.popleft().result())
             bar.advance()
 
 
-class _Heard(threading.local):
+class Heard(threading.local):
     """The warnings that this thread heard, and the file that it reads."""
 
     path: Path = Path()
@@ -132,9 +142,9 @@ class _Heard(threading.local):
 
 
 @contextmanager
-def _complaints() -> Iterator[_Heard]:
+def _complaints() -> Iterator[Heard]:
     """Collect Python warnings by file. `catch_warnings` alone belongs to the process, not to a thread."""
-    heard = _Heard()
+    heard = Heard()
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object
@@ -149,7 +159,7 @@ def _complaints() -> Iterator[_Heard]:
         yield heard
 
 
-def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard: _Heard) -> Seen:
+def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard: Heard) -> Seen:
     if case.root == PHANTOM:
         pixels, grey = embedded(kind_of(case.name))[case.name]
         image: NDArray[np.uint8] | None = pixels
@@ -164,20 +174,22 @@ def _look(case: Case, labels: Labels | None, size: tuple[int, int] | None, heard
         facts, image = look_at_image(case.image)
         heard.path = case.mask
         mask_facts, mask = look_at_mask(case.mask)
-        digests = _digest(case.image), _digest(case.mask)
+        digests = digest_of(case.image), digest_of(case.mask)
     content = None if mask is None else _mask_print(mask, mask_facts.values, labels, size)
-    look = None if image is None else _image_print(image, mask)
+    look = None if image is None else image_print(image, mask)
     return Seen(case, facts, replace(mask_facts, values=()), *digests, look, content, ())
 
 
-def _digest(path: Path) -> bytes:
+def digest_of(path: Path) -> bytes:
+    """SHA-256 of a file; empty where it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).digest()
     except OSError:  # the readers have said why
         return b""
 
 
-def _image_print(image: NDArray[np.uint8], mask: NDArray[np.int32] | None) -> ImagePrint:
+def image_print(image: NDArray[np.uint8], mask: NDArray[np.int32] | None) -> ImagePrint:
+    """What is kept of an image (H, W, 3), looked at beside its mask where it has one."""
     grey = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.uint8)
     tones = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel().astype(np.int64)
     there = np.flatnonzero(tones)

@@ -105,7 +105,8 @@ def read_recipe(name: str, tree: Mapping[str, Any]) -> DataSection:
     if tree["data"]["class_path"] != DATA["ImageMaskFolder"]:
         kind = tree["data"]["class_path"].rpartition(".")[2]
         raise UserError(
-            f"data.class_path: doctor examines the data of ImageMaskFolder and VolumeFolder, not of {kind}, yet"
+            f"data.class_path: doctor does not know {kind}.\n"
+            "It examines ImageMaskFolder, VolumeFolder, ImageFolder and MedMNIST."
         )
     given = tree["data"]["init_args"]
     check_keys("data", given, KEYS)

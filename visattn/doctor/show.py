@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from visattn.data.cases import Case
-from visattn.doctor.findings import FORMAT, Finding, counts
+from visattn.doctor.findings import FORMAT, Finding, counts, printable
 
 _SHOWN = 4  # files of one kind
 _LONGEST = 100  # characters of one file's line
@@ -28,6 +28,7 @@ class Report:
         guessed: Whether `labels` was guessed from the masks.
         findings: Most severe first.
         ties: Pairs of indices of `images` that belong together.
+        classes: Names of the classes, of data to classify.
     """
 
     data: list[str]
@@ -36,6 +37,7 @@ class Report:
     guessed: bool
     findings: list[Finding]
     ties: list[tuple[int, int]]
+    classes: list[str] | None = None
 
     @property
     def cases(self) -> int:
@@ -59,6 +61,7 @@ class Report:
             "cases": self.cases,
             "labels": self.labels,
             "labels_guessed": self.guessed,
+            "classes": self.classes,
             "counts": counts(self.findings),
             "findings": [finding.to_json() for finding in self.findings],
         }
@@ -75,6 +78,8 @@ def show(report: Report, as_json: bool) -> None:
     found = counts(report.findings)
     told = ", ".join(_plural(found[severity], severity) for severity in ("error", "warning"))
     console.print(Text(f"{', '.join(report.data)}: {_plural(report.cases, 'case')}, {told}"))
+    if report.classes is not None:
+        console.print(Text(f"classes: {'; '.join(printable(name) for name in report.classes)}"))
     if report.labels is not None:
         how = "read with the labels guessed from the masks" if report.guessed else "read with the recipe's labels"
         console.print(Text(f"masks {how}: {json.dumps(report.labels, ensure_ascii=False).replace(chr(34), '')}"))
