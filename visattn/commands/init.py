@@ -14,11 +14,16 @@ def add(commands: Any) -> None:
         "folder", type=Path, metavar="DIR", help="data set: a folder with images and masks, or volumes with labels"
     )
     parser.add_argument("--output", required=True, type=Path, metavar="RECIPE.yaml", help="file to write")
+    parser.add_argument("--network", metavar="NAME", help="the network, as visattn models lists them")
+    parser.add_argument("--attention", metavar="NAME", help="the mechanism of the pyramid that encodes, as halo")
+    parser.add_argument("--backbone", metavar="NAME", help="the encoder: any va_... or timm model")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     parser.set_defaults(call=_call)
 
 
 def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from visattn.init import write_recipe
+    from visattn.init.composed import Wanted
 
-    return write_recipe(options.folder, options.output, overwrite=options.overwrite)
+    wanted = Wanted(options.network, options.attention, options.backbone)
+    return write_recipe(options.folder, options.output, overwrite=options.overwrite, wanted=wanted)

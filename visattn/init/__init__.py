@@ -11,6 +11,7 @@ from visattn.doctor.volume_sets import holds_volumes
 from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.init.budget import duration
+from visattn.init.composed import Wanted, wanted_arguments
 from visattn.init.division import look
 from visattn.init.machine import Machine, this_machine
 from visattn.init.plan import Plan, make_plan, recipe_lines
@@ -33,7 +34,13 @@ _SHOWN = 4
 __all__ = ["write_recipe"]
 
 
-def write_recipe(folder: Path, output: Path, overwrite: bool = False, machine: Machine | None = None) -> int:
+def write_recipe(
+    folder: Path,
+    output: Path,
+    overwrite: bool = False,
+    machine: Machine | None = None,
+    wanted: Wanted | None = None,
+) -> int:
     """Write a recipe for the data in `folder` to `output`, and print what was decided.
 
     Args:
@@ -41,6 +48,7 @@ def write_recipe(folder: Path, output: Path, overwrite: bool = False, machine: M
         output: The recipe to write; a file that goes with it stands beside it, under its name.
         overwrite: Replace files that are there.
         machine: What to plan for; by default this machine.
+        wanted: Network, attention or backbone instead of what is picked otherwise.
 
     Returns:
         0, or 1 where files must be put right before the recipe trains.
@@ -53,7 +61,9 @@ def write_recipe(folder: Path, output: Path, overwrite: bool = False, machine: M
     _refuse([output], overwrite)
     machine = machine or this_machine()
     volumes = holds_volumes(folder.expanduser())
-    draft = _draft_volumes(folder, machine, output) if volumes else _draft_images(folder, machine, output)
+    if wanted:
+        wanted_arguments(wanted, 3 if volumes else 2, machine)  # before the data are looked at, which takes longer
+    draft = (_draft_volumes if volumes else _draft_images)(folder, machine, output, wanted)
     _refuse(list(draft.files), overwrite)
     for path, content in draft.files.items():
         write_text_atomic(path, content)
@@ -95,9 +105,9 @@ class _Draft:
     commands: list[str]
 
 
-def _draft_images(folder: Path, machine: Machine, output: Path) -> _Draft:
+def _draft_images(folder: Path, machine: Machine, output: Path, wanted: Wanted | None) -> _Draft:
     found = _look(folder)
-    plan = make_plan(found, machine, output)
+    plan = make_plan(found, machine, output, wanted)
     return _Draft(
         _what(plan.network.title, plan.labels), recipe_lines(plan), plan.division.files, machine, plan.budget.seconds,
         _images(plan), _rows(plan), plan.notes, [*found.unpaired, *found.unreadable, *_mismatches(plan)],
@@ -105,8 +115,8 @@ def _draft_images(folder: Path, machine: Machine, output: Path) -> _Draft:
     )  # fmt: skip
 
 
-def _draft_volumes(folder: Path, machine: Machine, output: Path) -> _Draft:
-    plan = make_volume_plan(survey_volumes(folder), machine)
+def _draft_volumes(folder: Path, machine: Machine, output: Path, wanted: Wanted | None) -> _Draft:
+    plan = make_volume_plan(survey_volumes(folder), machine, wanted)
     return _Draft(
         _what(plan.budget.network.title, plan.labels), volume_recipe_lines(plan), {}, machine, plan.budget.seconds,
         described(plan), volume_rows(plan), plan.notes, volume_problems(plan), volume_commands(plan, output),
@@ -183,7 +193,9 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
     accumulate = f" x {budget.accumulate}" if budget.accumulate > 1 else ""
     parts = plan.division
     split = f"{parts.training} images train, {parts.validation} validate" + (f"; {parts.told}" if parts.told else "")
-    network = f"{plan.network.title} ({plan.network.arguments['backbone']}), {budget.size[1]} x {budget.size[0]} pixels"
+    backbone = plan.network.arguments.get("backbone")
+    network = plan.network.title + (f" ({backbone})" if backbone else "")
+    network += f", {budget.size[1]} x {budget.size[0]} pixels"
     return [
         ("data", _images(plan)),
         ("labels", f"{labels}: {plan.guess.why}"),

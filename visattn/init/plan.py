@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from visattn.errors import UserError
-from visattn.init.budget import BATCH, Budget, Network, choose_network, plan_budget
+from visattn.init.budget import BATCH, Budget, Network, plan_budget
+from visattn.init.composed import Wanted, network_for
 from visattn.init.division import Division, divide
 from visattn.init.machine import Machine
 from visattn.init.text import Line
@@ -47,7 +48,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def make_plan(found: Survey, machine: Machine, output: Path) -> Plan:
+def make_plan(found: Survey, machine: Machine, output: Path, wanted: Wanted | None = None) -> Plan:
     """Decide everything.
 
     Raises:
@@ -62,11 +63,12 @@ def make_plan(found: Survey, machine: Machine, output: Path) -> Plan:
     guess = guess_label_map((dict(pair.mask.values) for pair in found.usable), found.root.resolve().name)
     labels = Labels.from_config(guess.labels, None, guess.ignore)
     division = divide(found, output)
-    network = choose_network(labels, machine)
+    channels: Literal[1, 3] = 1 if found.grey else 3
+    network = network_for(labels, machine, channels, wanted=wanted)
     sizes = [pair.image.size for pair in found.usable if pair.image.size]
     budget = plan_budget(network, machine, sizes, division.training, division.validation)
     notes = (*guess.doubts, *division.notes, *_doubts(found))
-    return Plan(found, machine, guess, labels, network, budget, division, 1 if found.grey else 3, notes)
+    return Plan(found, machine, guess, labels, network, budget, division, channels, notes)
 
 
 def recipe_lines(plan: Plan) -> list[Line]:
@@ -80,9 +82,7 @@ def recipe_lines(plan: Plan) -> list[Line]:
         Line(0, "model", opens=True),
         Line(1, "class_path", "SegmentationTask", "trains and scores a segmentation network"),
         Line(1, "init_args", opens=True),
-        Line(
-            2, "network", plan.network.arguments, f"{plan.network.why}; pretrained: true (a download) helps small sets"
-        ),
+        Line(2, "network", plan.network.arguments, _network_why(plan.network)),
         Line(2, "loss", *_loss(plan.labels)),
         Line(2, "optimizer", {"name": "adamw", "lr": rate, "weight_decay": 0.01}, _rate_why(budget)),
         Line(
@@ -121,6 +121,11 @@ def recipe_lines(plan: Plan) -> list[Line]:
             Line(1, "devices", 1, f"of {plan.machine.gpus}; batch_size counts on each, epochs were chosen for one")
         )
     return lines
+
+
+def _network_why(network: Network) -> str:
+    weights = not str(network.arguments.get("backbone", "va_")).startswith("va_")
+    return network.why + ("; pretrained: true (a download) helps small sets" if weights else "")
 
 
 def _loss(labels: Labels) -> tuple[dict[str, Any], str]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visattn.init.budget import CPU_SECONDS, Network, choose_network, cpu_speed, duration, gpu_room
+from visattn.init.budget import CPU_SECONDS, Network, cpu_speed, duration, gpu_room
+from visattn.init.composed import Wanted, network_for
 from visattn.init.machine import Machine
 from visattn.init.volume_grid import Levels, Size3, plan_patch
 from visattn.labels import Labels
@@ -62,6 +63,8 @@ def plan_volume_budget(
     spacing: Sequence[float],
     training: int,
     validation: int,
+    channels: int = 1,
+    wanted: Wanted | None = None,
 ) -> VolumeBudget:
     """Choose network, patch, batch and length.
 
@@ -72,19 +75,21 @@ def plan_volume_budget(
         spacing: Voxel size in mm.
         training: Number of training cases.
         validation: Number of validation cases.
+        channels: Of the volumes.
+        wanted: What network the user asks for.
     """
     cpu = machine.device == "cpu"
     typical = np.median(sizes, axis=0)
     most = _MOST_VOXELS["cpu" if cpu else "gpu"]
 
     def fits(patch: Size3, levels: Levels) -> bool:
-        network = choose_network(labels, machine, levels)
+        network = network_for(labels, machine, channels, levels, wanted)
         voxels = int(np.prod(patch))
         slow = cpu and _CPU_STEPS * _step(network, machine, 2 * voxels) > CPU_SECONDS
         return voxels <= most and 2 * voxels <= _room(network, machine) and not slow
 
     patch, levels = plan_patch(typical.tolist(), spacing, fits)
-    network = choose_network(labels, machine, levels)
+    network = network_for(labels, machine, channels, levels, wanted)
     voxels = int(np.prod(patch))
     room = max(2, int(_room(network, machine) // voxels))
     worth = max(2, round(_SHARE_SEEN * training * float(np.prod(typical)) / voxels))

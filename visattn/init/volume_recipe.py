@@ -11,6 +11,7 @@ import numpy as np
 
 from visattn.errors import UserError
 from visattn.init.budget import duration
+from visattn.init.composed import Wanted
 from visattn.init.machine import Machine
 from visattn.init.plan import precision_why
 from visattn.init.text import Line
@@ -52,7 +53,7 @@ class VolumePlan:
         return tuple(self.spacing) != self.survey.spacing
 
 
-def make_volume_plan(found: VolumeSurvey, machine: Machine) -> VolumePlan:
+def make_volume_plan(found: VolumeSurvey, machine: Machine, wanted: Wanted | None = None) -> VolumePlan:
     """Decide everything.
 
     Raises:
@@ -63,7 +64,7 @@ def make_volume_plan(found: VolumeSurvey, machine: Machine) -> VolumePlan:
     sizes = found.sizes()
     spacing = affordable_spacing(machine, sizes, found.spacing)
     sizes = np.maximum(1, np.round(sizes * np.array(found.spacing) / np.array(spacing)))
-    budget = plan_volume_budget(labels, machine, sizes, spacing, *counts)
+    budget = plan_volume_budget(labels, machine, sizes, spacing, *counts, len(found.scan.channels), wanted)
     return VolumePlan(
         found, machine, labels, spacing, budget, split, counts, (*found.guess.doubts, *notes, *_sides(labels)[1])
     )
@@ -72,9 +73,10 @@ def make_volume_plan(found: VolumeSurvey, machine: Machine) -> VolumePlan:
 def volume_recipe_lines(plan: VolumePlan) -> list[Line]:
     """The recipe, line by line."""
     budget, found = plan.budget, plan.survey
-    heads = len(budget.network.arguments["filters"]) - 2
-    deep = budget.network.arguments["deep_supervision"]
-    loss: dict[str, Any] = {"name": "dice_ce"} | ({"deep_supervision": _weights(heads)} if deep else {})
+    deep = budget.network.arguments.get("deep_supervision")  # of unet3d: a head at each level but the lowest two
+    loss: dict[str, Any] = {"name": "dice_ce"}
+    if deep:
+        loss["deep_supervision"] = _weights(len(budget.network.arguments["filters"]) - 2)
     lines = [
         Line(0, "seed_everything", 0, "of weights, split, order and augmentation; the same number repeats the run"),
         Line(0, "model", opens=True),
@@ -128,7 +130,10 @@ def volume_rows(plan: VolumePlan) -> list[tuple[str, str]]:
     more = ", ..." if len(plan.survey.guess.labels) > _SHOWN else ""
     train, validate = plan.counts
     told = ", ".join(why for _, why in [plan.split.get("group_by", ("", ""))] if why)
-    network = f"U-Net of {len(budget.network.arguments['filters'])} levels, windows of {_times(budget.patch)} voxels"
+    arguments = budget.network.arguments
+    own = f" ({arguments['backbone']})" if "backbone" in arguments else ""
+    network = f"U-Net of {len(arguments['filters'])} levels" if "filters" in arguments else budget.network.title + own
+    network += f", windows of {_times(budget.patch)} voxels"
     return [
         ("data", described(plan)),
         ("labels", f"{values}{more}: {plan.survey.guess.why}"),
@@ -219,6 +224,12 @@ def _network_why(plan: VolumePlan) -> str:
 
 
 def _optimizer(plan: VolumePlan) -> list[Line]:
+    if plan.budget.network.arguments["name"] != "unet3d":
+        rate = 1e-3 if plan.machine.device == "cpu" else 5e-4
+        return [
+            Line(2, "optimizer", {"name": "adamw", "lr": rate, "weight_decay": 0.01}, "attention learns little by SGD"),
+            Line(2, "schedule", {"name": "cosine", "warmup_epochs": 1}, "rises while norms settle, ends at 0"),
+        ]
     if plan.machine.device == "cpu":
         return [
             Line(2, "optimizer", {"name": "adamw", "lr": 3e-3, "weight_decay": 0.01}, "fast where steps are few"),

@@ -1,0 +1,146 @@
+"""The network that a user asks for by name, with what it costs: computed, where the defaults of init were measured.
+
+Only here does init need torch, and only where it is asked for a network.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from visattn.errors import UserError, unknown
+from visattn.init.budget import Network, choose_network
+from visattn.init.machine import Machine
+from visattn.init.volume_grid import Levels
+from visattn.labels import Labels
+
+_SIDES = {2: 256, 3: 48}  # of the image that costs are computed for
+_PYRAMID = "va_pyramid"
+_BACKBONES = {2: "va_pyramid_{size}", 3: "va_pyramid3d_{size}"}
+_BATCH = 2
+# Seconds of one core for each million pixels, fitted to the networks that were measured: for an operation of a
+# prediction and for a byte that a step keeps, a pixel; and what augmentation of volumes takes.
+_PER_FLOP, _PER_BYTE, _AUGMENT3D = 2.5e-5, 1.25e-3, 1.2
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for; None: as init sees fit.
+
+    Args:
+        network: A key of `NETWORKS`; with only one of the others: unet.
+        attention: A key of `ATTENTION`, for the pyramid that encodes.
+        backbone: A timm model, ours among them.
+    """
+
+    network: str | None = None
+    attention: str | None = None
+    backbone: str | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.network, self.attention, self.backbone))
+
+
+def network_for(
+    labels: Labels, machine: Machine, channels: int, levels: Levels | None = None, wanted: Wanted | None = None
+) -> Network:
+    """The network that is wanted, or else the one that `choose_network` picks.
+
+    Args:
+        labels: The labels.
+        machine: The machine.
+        channels: Of the images.
+        levels: How a network for volumes goes down; None: for images.
+        wanted: What the user asks for.
+
+    Raises:
+        UserError: There is no such network, backbone or attention, or they do not go together.
+    """
+    default = "pranet" if levels is None else "unet3d"
+    if not wanted or wanted == Wanted(network=default):
+        return choose_network(labels, machine, levels)
+    arguments = wanted_arguments(wanted, 2 if levels is None else 3, machine)
+    if levels is not None and str(arguments.get("backbone", "")).startswith(_PYRAMID) and not levels.plain:
+        steps = [list(step) for step in levels.strides[:4]]
+        steps += [[1, 1, 1]] * (4 - len(steps))
+        arguments["backbone_args"] = {**arguments.get("backbone_args", {}), "strides": steps}
+    why = "as asked for; what it costs was computed"
+    if "strides" in arguments.get("backbone_args", {}):
+        why += "; strides follow the voxels' shape"
+    title = arguments["name"] + (f" with {wanted.attention} attention" if wanted.attention else "")
+    parameters, kept, seconds = _cost(repr(arguments), channels, labels.channels, 2 if levels is None else 3)
+    return Network(title, arguments, why, parameters, kept, seconds)
+
+
+def wanted_arguments(wanted: Wanted, rank: int, machine: Machine) -> dict[str, Any]:
+    """The recipe's `network` block for what is wanted.
+
+    Args:
+        wanted: What the user asks for.
+        rank: Spatial axes of the data.
+        machine: Where it is trained: a smaller pyramid without a GPU.
+
+    Raises:
+        UserError: As for `network_for`.
+    """
+    from visattn.attention import ATTENTION
+    from visattn.networks import NETWORKS
+
+    name = wanted.network or "unet"
+    if name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    parameters = inspect.signature(NETWORKS[name]).parameters
+    arguments: dict[str, Any] = {"name": name}
+    if "dims" in parameters:
+        if parameters["dims"].default != rank:
+            arguments["dims"] = rank
+    elif rank == 3:
+        able = [each for each, build in NETWORKS.items() if "dims" in inspect.signature(build).parameters]
+        raise UserError(
+            f"--network {name}: takes images, and these are volumes.\nThose that take them: {', '.join(able)}"
+        )
+    if "deep_supervision" in parameters and parameters["deep_supervision"].default:
+        arguments["deep_supervision"] = False  # one output, one loss: more is for those who know why
+    if "backbone" not in parameters:
+        for option, value in (("--attention", wanted.attention), ("--backbone", wanted.backbone)):
+            if value:
+                able = [each for each, build in NETWORKS.items() if "backbone" in inspect.signature(build).parameters]
+                raise UserError(
+                    f"{option} {value}: network '{name}' is built of its own blocks.\n"
+                    f"Networks over a backbone: {', '.join(able)}"
+                )
+        return arguments
+    small = "tiny" if machine.device == "cpu" else "small"
+    backbone = wanted.backbone or _BACKBONES[rank].format(size=small)
+    arguments |= {"backbone": backbone, "pretrained": False}
+    if wanted.attention:
+        if wanted.attention not in ATTENTION:
+            raise unknown("attention", wanted.attention, ATTENTION)
+        if not backbone.startswith(_PYRAMID):
+            raise UserError(
+                f"--attention {wanted.attention}: the blocks of '{backbone}' are its own; leave --backbone out for a "
+                f"pyramid of {wanted.attention}.\nIn the decoder of unet it is set by network.decoder in the recipe."
+            )
+        mixer: str | dict[str, Any] = wanted.attention
+        if rank == 3 and mixer == "neighborhood":
+            mixer = {"name": mixer, "kernel_size": 5}  # as the pyramids of volumes have it: 7 would be 343 neighbours
+        arguments["backbone_args"] = {"attention": mixer}
+    return arguments
+
+
+@lru_cache(maxsize=16)
+def _cost(arguments: str, channels: int, classes: int, rank: int) -> tuple[float, float, tuple[float, float]]:
+    """Parameters, bytes that a step keeps for each pixel, and seconds of an image: fixed, and for a million pixels."""
+    import ast
+
+    from visattn.networks import create_model
+    from visattn.summary import summarise
+
+    network = create_model(**ast.literal_eval(arguments), in_channels=channels, classes=classes)
+    shape = (channels, *(_SIDES[rank],) * rank)
+    found = summarise(network, shape, _BATCH)
+    pixels = math.prod(shape[1:])
+    kept = max(found.step_bytes - 4 * found.trainable, 0) / (_BATCH * pixels)
+    seconds = _PER_FLOP * found.flops / pixels + _PER_BYTE * kept + (_AUGMENT3D if rank == 3 else 0)
+    return float(found.parameters), kept, (0.05, seconds)
