@@ -120,6 +120,8 @@ def hippocampus_split(data: Path) -> dict[str, list[str]]:
 
 def keys(task: str, options: argparse.Namespace) -> list[str]:
     """Command-line keys that lay the data over the terms of a task."""
+    from visattn.files import write_text_atomic
+
     if task == "polyps":
         roots = [str(options.data / name) for name in ("kvasir_seg", "cvc_clinicdb")]
         split = HERE / "polyp_splits.json"
@@ -127,7 +129,7 @@ def keys(task: str, options: argparse.Namespace) -> list[str]:
         roots = [str(options.data / "hippocampus")]
         split = options.work / "hippocampus_split.json"
         split.parent.mkdir(parents=True, exist_ok=True)
-        split.write_text(json.dumps(hippocampus_split(options.data)))
+        write_text_atomic(split, json.dumps(hippocampus_split(options.data)))  # by every job, the same
     pairs = {
         "data.root": json.dumps(roots if len(roots) > 1 else roots[0]),
         "data.split": json.dumps({"files": str(split)}),
@@ -154,8 +156,9 @@ def job(options: argparse.Namespace) -> int:
     epochs = epochs_of(options.task, options.steps)
     words += ["--trainer.max_epochs", str(epochs), "--trainer.check_val_every_n_epoch", str(max(1, epochs // 10))]
     words += [word for pair in options.set for word in (f"--{pair.split('=', 1)[0]}", pair.split("=", 1)[1])]
-    resume = ["--ckpt_path", "last"] if (folder / "last.ckpt").is_file() else []
-    return visattn(["fit", *words, *resume]) or visattn(["test", *words])
+    resume = ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
+    trained = (folder / "report.html").is_file()
+    return (0 if trained else visattn(["fit", *words, *resume])) or visattn(["test", *words])
 
 
 def measure(task: str, name: str) -> dict[str, float]:

@@ -194,6 +194,24 @@ def test_damaged_entries_are_made_again(data, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.part")), "nothing half-made is left"
 
 
+def test_processes_that_prepare_a_volume_at_once_share_it(data, tmp_path, monkeypatch):
+    cache, keep, others = tmp_path / "cache", volume_cache.VolumeCache._keep, []
+    entries = ready(data, cache)._sets["train"].entries
+    twin = shutil.copytree(entries[0].folder, tmp_path / "twin")
+    shutil.rmtree(cache / "volume")
+
+    def late(self, folder, *arguments):
+        if folder == entries[0].folder:  # another process has just finished the same
+            shutil.copytree(twin, folder)
+            others.append((folder / "image.npy").stat().st_ino)
+        keep(self, folder, *arguments)
+
+    monkeypatch.setattr(volume_cache.VolumeCache, "_keep", late)
+    ready(data, cache)
+    assert [(entries[0].folder / "image.npy").stat().st_ino] == others, "what the other made is in use and stays"
+    assert not list(cache.rglob("*.part"))
+
+
 def test_the_cache_is_kept_out_of_the_data(data, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="within the data set"):
         ready(data, data / "cache")

@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class VolumeCache:
         if not np.isfinite(array).any():
             raise UserError(f"{case.images[0]}: holds no finite voxel")
         described = {"classes": list(facts.classes), "notes": notes, "geometry": _geometry_config(geometry)}
-        self._keep(path.parent, {}, described, path.name)
+        self._keep(path.parent, {}, described, path.name, lambda: _read_json(path) is not None)
         return facts
 
     def entry(self, case: VolumeCase, facts: Facts, preprocessing: VolumePreprocessing) -> Entry:
@@ -121,7 +121,6 @@ class VolumeCache:
         folder = self._place("volume", facts.digest, config)
         entry = _read_entry(folder)
         if entry is None:
-            shutil.rmtree(folder, ignore_errors=True)  # damaged
             array, geometry, _ = read_case(case)
             truth = read_case_label(case, self.labels, geometry)
             image, plan = preprocessing.forward(array, geometry)
@@ -131,7 +130,7 @@ class VolumeCache:
             arrays = {"image": image.numpy(), "target": target, "truth": truth, "points": points}
             described = {"plan": _plan_config(plan), "counts": {str(c): n for c, n in counts.items()}}
             described["shapes"] = {name: list(array.shape) for name, array in arrays.items()}
-            self._keep(folder, arrays, described, KINDS["volume"])
+            self._keep(folder, arrays, described, KINDS["volume"], lambda: _read_entry(folder) is not None)
             entry = _read_entry(folder)
             if entry is None:
                 raise UserError(f"data.cache_dir: {folder} cannot be read back; is its disk damaged?")
@@ -147,8 +146,15 @@ class VolumeCache:
         name = hashlib.sha256(text.encode()).hexdigest()
         return self.folder / kind / name[:2] / name
 
-    def _keep(self, folder: Path, arrays: dict[str, NDArray[Any]], described: dict[str, Any], name: str) -> None:
-        """Fill a folder beside, then give it its name."""
+    def _keep(
+        self,
+        folder: Path,
+        arrays: dict[str, NDArray[Any]],
+        described: dict[str, Any],
+        name: str,
+        sound: Callable[[], bool],
+    ) -> None:
+        """Fill a folder beside, then give it its name; what another process made meanwhile stays, if it is `sound`."""
         part = folder.with_name(f".{secrets.token_hex(8)}.part")
         try:
             part.mkdir(parents=True)
@@ -158,8 +164,11 @@ class VolumeCache:
             try:
                 part.rename(folder)
             except OSError:
-                if not (folder / name).is_file():  # else another process made the same entry
-                    raise
+                if not sound():  # damaged: only now, since a look before the work says nothing of what came meanwhile
+                    aside = folder.with_name(f".{secrets.token_hex(8)}.part")
+                    folder.rename(aside)
+                    part.rename(folder)
+                    shutil.rmtree(aside, ignore_errors=True)
         except OSError as error:
             raise UserError(
                 f"data.cache_dir: cannot write {folder}: {error.strerror}.\n"
