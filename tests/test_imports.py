@@ -43,7 +43,7 @@ LEVELS: list[set[str]] = [
         "survey",
         "viz",
     },
-    {"evaluate_output", "gna", "predict_record", "report", "weights"},
+    {"evaluate_output", "gna", "inflation", "predict_record", "report", "weights"},
     {"evaluate_plan", "networks"},
     {"checkpoint", "convert", "evaluate_show", "summary"},
     {"callbacks", "checkpoint_io", "members", "predict_common", "survival", "volume_inference"},

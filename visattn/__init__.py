@@ -13,18 +13,20 @@ __version__ = "0.1.0.dev0"
 NOTICE = "Research software: not a medical device, not for diagnosis or treatment."
 
 if TYPE_CHECKING:
+    from visattn.inflation import inflate
     from visattn.networks import create_model
     from visattn.predictor import Predictor, load
     from visattn.weights import load_official
 
 _LAZY = {
     "create_model": "visattn.networks",
+    "inflate": "visattn.inflation",
     "load_official": "visattn.weights",
     "load": "visattn.predictor",
     "Predictor": "visattn.predictor",
 }
 
-__all__ = ["NOTICE", "Predictor", "__version__", "create_model", "load", "load_official"]
+__all__ = ["NOTICE", "Predictor", "__version__", "create_model", "inflate", "load", "load_official"]
 
 
 def __getattr__(name: str) -> Any:
