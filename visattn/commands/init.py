@@ -11,7 +11,10 @@ def add(commands: Any) -> None:
     text = "look at a data set and this machine, and write a recipe that trains on it"
     parser = commands.add_parser("init", help=text, description=text)
     parser.add_argument(
-        "folder", type=Path, metavar="DIR", help="data set: a folder with images and masks, or volumes with labels"
+        "folder",
+        type=Path,
+        metavar="DIR",
+        help="data set: images and masks, volumes with labels, class folders, a table (.csv), MedMNIST's .npz",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="RECIPE.yaml", help="file to write")
     parser.add_argument("--network", metavar="NAME", help="the network, as visattn models lists them")

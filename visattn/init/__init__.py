@@ -11,6 +11,15 @@ from visattn.doctor.volume_sets import holds_volumes
 from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.init.budget import duration
+from visattn.init.class_recipe import (
+    class_commands,
+    class_data,
+    class_recipe_lines,
+    class_rows,
+    class_what,
+    make_class_plan,
+)
+from visattn.init.class_survey import survey_classes
 from visattn.init.composed import Wanted, wanted_arguments
 from visattn.init.division import look
 from visattn.init.machine import Machine, this_machine
@@ -28,6 +37,7 @@ from visattn.init.volume_survey import survey_volumes
 from visattn.labels import Labels
 from visattn.progress import Bar
 from visattn.survey import Survey, find_parts, survey
+from visattn.survey.classes import class_source
 
 _SHOWN = 4
 
@@ -60,10 +70,16 @@ def write_recipe(
         raise UserError(f"--output {output}: a recipe's name ends in .yaml")
     _refuse([output], overwrite)
     machine = machine or this_machine()
-    volumes = holds_volumes(folder.expanduser())
+    classes = class_source(folder.expanduser()) is not None
+    volumes = not classes and holds_volumes(folder.expanduser())
+    if wanted and classes:
+        raise UserError("--network, --attention, --backbone: are for segmentation; set model.network in the recipe")
     if wanted:
         wanted_arguments(wanted, 3 if volumes else 2, machine)  # before the data are looked at, which takes longer
-    draft = (_draft_volumes if volumes else _draft_images)(folder, machine, output, wanted)
+    if classes:
+        draft = _draft_classes(folder, machine, output)
+    else:
+        draft = (_draft_volumes if volumes else _draft_images)(folder, machine, output, wanted)
     _refuse(list(draft.files), overwrite)
     for path, content in draft.files.items():
         write_text_atomic(path, content)
@@ -120,6 +136,14 @@ def _draft_volumes(folder: Path, machine: Machine, output: Path, wanted: Wanted 
     return _Draft(
         _what(plan.budget.network.title, plan.labels), volume_recipe_lines(plan), {}, machine, plan.budget.seconds,
         described(plan), volume_rows(plan), plan.notes, volume_problems(plan), volume_commands(plan, output),
+    )  # fmt: skip
+
+
+def _draft_classes(folder: Path, machine: Machine, output: Path) -> _Draft:
+    plan = make_class_plan(survey_classes(folder), machine)
+    return _Draft(
+        class_what(plan), class_recipe_lines(plan), {}, machine, plan.budget.seconds, class_data(plan),
+        class_rows(plan), plan.notes, list(plan.survey.problems), class_commands(plan, output),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from visattn.class_labels import ClassLabels
 from visattn.init.machine import Machine
 from visattn.init.volume_grid import Levels
 from visattn.labels import Labels
@@ -72,14 +73,19 @@ class Budget:
     why: dict[str, str] = field(default_factory=dict)
 
 
-def choose_network(labels: Labels, machine: Machine, levels: Levels | None = None) -> Network:
+def choose_network(
+    labels: Labels | ClassLabels, machine: Machine, levels: Levels | None = None, rank: int = 2
+) -> Network:
     """The network for these labels on this machine; the one place that decides it.
 
     Args:
-        labels: The labels.
+        labels: The labels; those of a classification ask for a classifier.
         machine: The machine.
-        levels: How a network for volumes goes down; None: for images.
+        levels: How a network that segments volumes goes down; None: for images.
+        rank: Of a classifier: 2 for images, 3 for volumes.
     """
+    if isinstance(labels, ClassLabels):
+        return _classifier(machine, rank)
     if levels is not None:
         narrow = machine.device == "cpu"
         why = "narrow, as a CPU is slow; [32, 64, ...] on a GPU" if narrow else "the baseline that others have to beat"
@@ -91,6 +97,19 @@ def choose_network(labels: Labels, machine: Machine, levels: Levels | None = Non
         return Network("PraNet", arguments, why, 17.1e6, 700 + classes, (0.045, 3.6))
     arguments = {"name": "pranet", "backbone": "res2net50d", "pretrained": False}
     return Network("PraNet", arguments, "the paper's backbone", 30.5e6, 2660 + classes, (0.08, 12.2))
+
+
+def _classifier(machine: Machine, rank: int) -> Network:
+    """A classifier of images or volumes."""
+    if rank == 2:
+        why = "the baseline that others have to beat; pretrained: true (a download) helps small sets"
+        return Network("ResNet-18", {"name": "resnet18", "pretrained": False}, why, 11.2e6, 450, (0.015, 2.2))
+    if machine.device == "cpu":
+        arguments = {"name": "va_pyramid3d_tiny", "pretrained": False}
+        return Network("3-D pyramid (tiny)", arguments, "tiny, as a CPU is slow", 0.6e6, 220, (0.015, 1.0))
+    arguments = {"name": "va_pyramid3d_small", "pretrained": False, "drop_path_rate": 0.1}
+    why = "attention: names another mechanism, as neighborhood"
+    return Network("3-D pyramid (small)", arguments, why, 3.3e6, 780, (0.02, 3.8))
 
 
 def _unet3d(levels: Levels, first: int, most: int, why: str) -> Network:
