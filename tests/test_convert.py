@@ -17,6 +17,7 @@ from visattn.errors import UserError
 from visattn.keras_file import read_keras_file
 from visattn.networks import create_model
 from visattn.networks.agunet_weights import official_names
+from visattn.weights import official_backbones
 
 h5py = pytest.importorskip("h5py")
 
@@ -285,3 +286,30 @@ def test_other_mistakes(tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             convert_weights(*arguments)
+
+
+def test_a_backbones_weights_become_timms(tmp_path, capsys):
+    """Nested as training scripts save them; another number of classes is the checkpoint's, not to be asked for."""
+    import timm
+
+    torch.manual_seed(0)
+    ours = timm.create_model("va_nat_mini", num_classes=4)
+    family = official_backbones()["va_nat_mini"]
+    official = {f"module.{family.official_name(key)}": value for key, value in ours.state_dict().items()}
+    torch.save({"model": official, "epoch": 3}, tmp_path / "w.pth")
+    output = tmp_path / "w.safetensors"
+    assert main(["convert", str(tmp_path / "w.pth"), "--model", "va_nat_mini", "--output", str(output)]) == 0
+    call = capsys.readouterr().out.rsplit("next, in Python: ", 1)[1].strip()
+    assert call == f'timm.create_model("va_nat_mini", checkpoint_path="{output}", num_classes=4)'
+    again = timm.create_model("va_nat_mini", checkpoint_path=str(output), num_classes=4)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+
+
+def test_a_backbone_without_official_weights_is_refused(tmp_path, capsys):
+    torch.save({"w": torch.zeros(1)}, tmp_path / "w.pth")
+    arguments = ["convert", str(tmp_path / "w.pth"), "--output", str(tmp_path / "w.safetensors")]
+    assert main([*arguments, "--model", "va_nat_minni"]) == 2
+    assert "Did you mean 'va_nat_mini'?" in capsys.readouterr().err
+    assert main([*arguments, "--model", "va_nat_mini"]) == 2
+    assert "missing" in capsys.readouterr().err
+    assert not (tmp_path / "w.safetensors").exists()

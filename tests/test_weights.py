@@ -118,7 +118,7 @@ def test_official_names_are_checked_and_paths_accepted(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"missing: resnet\.conv1\.0\.weight"):
         load_official("pranet", tmp_path / "w.pth")
-    assert set(OFFICIAL) == {"agunet", "daunet", "pranet"}
+    assert set(OFFICIAL) == {"agunet", "att_swin_unet", "daunet", "pranet"}
 
 
 # Backbones from a file

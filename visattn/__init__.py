@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 NOTICE = "Research software: not a medical device, not for diagnosis or treatment."
 
 if TYPE_CHECKING:
+    from visattn.hub import from_pretrained, save_pretrained
     from visattn.inflation import inflate
     from visattn.networks import create_model
     from visattn.predictor import Predictor, load
@@ -20,13 +21,25 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "create_model": "visattn.networks",
+    "from_pretrained": "visattn.hub",
     "inflate": "visattn.inflation",
     "load_official": "visattn.weights",
     "load": "visattn.predictor",
     "Predictor": "visattn.predictor",
+    "save_pretrained": "visattn.hub",
 }
 
-__all__ = ["NOTICE", "Predictor", "__version__", "create_model", "inflate", "load", "load_official"]
+__all__ = [
+    "NOTICE",
+    "Predictor",
+    "__version__",
+    "create_model",
+    "from_pretrained",
+    "inflate",
+    "load",
+    "load_official",
+    "save_pretrained",
+]
 
 
 def __getattr__(name: str) -> Any:

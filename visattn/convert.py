@@ -1,4 +1,6 @@
-"""`visattn convert`: an author's weights file as safetensors that `visattn.load_official` takes.
+"""`visattn convert`: an author's weights file as safetensors, for `visattn.load_official` or, a backbone's, for timm.
+
+A backbone's entries get our names, so that `timm.create_model(NAME, checkpoint_path=FILE)` reads them.
 
 Keras numbers the layers of a kind as they are created, over all models of a session: `conv3d_37` may be the first of a
 file. Here they are counted from 0 again, in the order of their numbers, and kernels are laid out as torch does.
@@ -19,7 +21,7 @@ from torch import Tensor
 from visattn.errors import UserError, unknown
 from visattn.files import write_bytes_atomic
 from visattn.keras_file import KerasWeight, is_keras_file, read_keras_file
-from visattn.weights import OFFICIAL, load_official, read_weights
+from visattn.weights import OFFICIAL, backbone_arguments, load_official, official_backbones, read_weights
 
 _KINDS = ("conv3d", "conv3d_transpose", "batch_normalization", "pam", "cam")
 _LAYER = re.compile(rf"({'|'.join(sorted(_KINDS, key=len, reverse=True))})(?:_v[12])?(?:_(\d+))?")
@@ -51,16 +53,17 @@ def convert_weights(source: Path | str, model: str, output: Path | str, argument
 
     Args:
         source: Keras `.h5`, or `.pth` or `.safetensors` as the authors publish them.
-        model: A key of `visattn.weights.OFFICIAL`.
+        model: A key of `visattn.weights.OFFICIAL`, or a registered backbone that has official weights.
         output: Ends in `.safetensors`.
-        arguments: Of the network, as for `visattn.create_model`.
+        arguments: Of the network, as for `visattn.create_model`, or of the backbone.
 
     Raises:
         UserError: The file cannot be read, or its entries are not those of the network.
     """
     source, output = Path(source), Path(output)
-    if model not in OFFICIAL:
-        raise unknown("network with official weights", model, OFFICIAL)
+    backbone = model not in OFFICIAL
+    if backbone and model not in official_backbones():
+        raise unknown("network with official weights", model, [*OFFICIAL, *official_backbones()])
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: the name must end in .safetensors")
     if not source.is_file():
@@ -74,20 +77,23 @@ def convert_weights(source: Path | str, model: str, output: Path | str, argument
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            load_official(model, tensors, **arguments)
+            network = load_official(model, tensors, **arguments)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
         except (TypeError, ValueError, RuntimeError) as error:  # what a builder makes of a value that cannot be
             shown = ", ".join(f"{key} {value!r}" for key, value in arguments.items())
             raise UserError(f"{model} cannot be built with {shown or 'its defaults'}: {str(error)[:200]}") from None
+    if backbone:
+        arguments, tensors = backbone_arguments(model, tensors, arguments), network.state_dict()
     _write(source, model, output, arguments, tensors)
     listed = "".join(f", {key}={value!r}" for key, value in arguments.items())
+    loading = f'"{model}", checkpoint_path="{output}"' if backbone else f'"{model}", "{output}"'
     return Converted(
         output,
         len(tensors),
         sum(value.numel() for value in tensors.values()),
         tuple(dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning)),
-        f'visattn.load_official("{model}", "{output}"{listed})',
+        f"{'timm.create_model' if backbone else 'visattn.load_official'}({loading}{listed})",
     )
 
 

@@ -55,18 +55,30 @@ def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwarg
         UserError: An entry is missing, unexpected or of another shape; the message names it.
     """
     if name not in OFFICIAL:
-        families = _families()
+        families = official_backbones()
         if name not in families:
             raise unknown("network with official weights", name, [*OFFICIAL, *families])
     tensors = read_weights(state_dict) if isinstance(state_dict, str | Path) else unwrap(state_dict)
     if name in OFFICIAL:
         network: nn.Module = importlib.import_module(OFFICIAL[name]).from_official(name, tensors, **kwargs)
         return network.eval()
-    return _official_backbone(name, families[name], tensors, kwargs).eval()
+    return _official_backbone(name, families[name], tensors, backbone_arguments(name, tensors, kwargs)).eval()
 
 
-def _families() -> dict[str, ModuleType]:
-    """The backbones whose families know official weights."""
+def backbone_arguments(name: str, official: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What rebuilds the backbone `name` for a checkpoint: what its entries tell, overruled by what is `given`."""
+    family: Any = official_backbones()[name]
+    found: dict[str, Any] = {}
+    classifier = family.official_name("head.fc.weight")
+    if classifier in official:
+        found["num_classes"] = len(official[classifier])
+    if hasattr(family, "arguments"):
+        found |= family.arguments(official)
+    return {**found, **given}
+
+
+def official_backbones() -> dict[str, ModuleType]:
+    """The registered backbones that have official weights, with their families."""
     from visattn.backbones import FAMILIES
 
     return {name: module for name, module in FAMILIES.items() if hasattr(module, "official_name")}
@@ -78,15 +90,10 @@ def _official_backbone(name: str, family: Any, official: dict[str, Tensor], kwar
     A family's module holds `official_name(key)`: our key to the authors'; `unused(model)`: their entries that no output
     depends on, with shapes; and, where tensors are stored in another form, `translate(official, model)`: the same keys
     with tensors in our form. `arguments(official)`, where there is one, tells what the checkpoint's entries say about
-    the constructor's arguments; those given here come first. So does the number of classes.
+    the constructor's arguments; see `backbone_arguments`.
     """
     import timm
 
-    classifier = family.official_name("head.fc.weight")
-    if "num_classes" not in kwargs and classifier in official:
-        kwargs["num_classes"] = len(official[classifier])
-    if hasattr(family, "arguments"):
-        kwargs = {**family.arguments(official), **kwargs}
     model = timm.create_model(name, pretrained=False, **kwargs)
     net: nn.Module = model.model if kwargs.get("features_only") else model  # type: ignore[assignment]
     unused = dict(family.unused(net))

@@ -10,7 +10,9 @@ from visattn.errors import UserError
 _EPILOG = """\
 WEIGHTS is Keras's .h5 (needs pip install 'visattn[keras]'), .pth or
 .safetensors, as the authors publish it. Arguments of the network follow as for
-visattn.create_model: --classes 3 --filters '[16, 32, 128, 256, 256]'"""
+visattn.create_model: --classes 3 --filters '[16, 32, 128, 256, 256]'
+A backbone's file is for timm.create_model(NAME, checkpoint_path=FILE); its
+arguments are those of the constructor: --img_size 160"""
 
 
 def add(commands: Any) -> None:
@@ -25,7 +27,12 @@ def add(commands: Any) -> None:
         usage="visattn convert WEIGHTS --model NAME --output W.safetensors\n       [--ARGUMENT VALUE ...]",
     )
     parser.add_argument("weights", type=Path, metavar="WEIGHTS")
-    parser.add_argument("--model", required=True, metavar="NAME", help="the network: agunet, daunet or pranet")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="a network (agunet, att_swin_unet, daunet, pranet) or backbone (va_...)",
+    )
     parser.add_argument("--output", required=True, type=Path, metavar="W.safetensors")
     parser.set_defaults(call=_call)
 
