@@ -6,6 +6,7 @@ import shutil
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -170,7 +171,20 @@ def test_a_failing_block_is_reported_with_its_line():
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
-    from visattn import checkpoint, compare, doctor, evaluate, fit, folds, init, members, predict, predict_volumes
+    from visattn import (
+        checkpoint,
+        compare,
+        doctor,
+        evaluate,
+        evaluate_classes,
+        fit,
+        folds,
+        init,
+        members,
+        predict,
+        predict_classes,
+        predict_volumes,
+    )
     from visattn.cli import main
     from visattn.commands.predict import _VOLUMES
     from visattn.data import phantom
@@ -180,20 +194,24 @@ def accepts(monkeypatch, capsys):
     monkeypatch.setattr(folds, "fit_folds", lambda chosen, name, tree, *rest: fit.parse(tree) and 0)
     monkeypatch.setattr(predict, "predict_folder", lambda *args, **kwargs: 0)
     monkeypatch.setattr(predict_volumes, "predict_volumes", lambda *args, **kwargs: 0)
-    monkeypatch.setattr(members, "read_members", lambda checkpoint: [None])
+    member = SimpleNamespace(task="segmentation")
+    monkeypatch.setattr(members, "read_members", lambda checkpoint: [member])
     monkeypatch.setattr(evaluate, "evaluate_folder", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(evaluate_classes, "evaluate_classes", lambda *args, **kwargs: 0)
+    monkeypatch.setattr(predict_classes, "predict_classes", lambda *args, **kwargs: 0)
     monkeypatch.setattr(compare, "compare_runs", lambda *args, **kwargs: 0)
     monkeypatch.setattr(
         doctor, "run_doctor", lambda folder, configs, rest, **_: 0 if not configs else not resolve(configs, rest)
     )
     monkeypatch.setattr(checkpoint, "export_weights", lambda *args: [])
-    monkeypatch.setattr(phantom, "write_phantom", lambda *args: None)
+    monkeypatch.setattr(phantom, "write_phantom", lambda *args, **keywords: None)
     # What init writes is trained in the page's next line.
     monkeypatch.setattr(init, "write_recipe", lambda _, output, **keys: shutil.copy(RECIPE, output) and 0)
 
     def check(words: list[str]) -> tuple[bool, str]:
         rank = 3 if {f"--{name}" for name in _VOLUMES} & set(words) else 2  # of the checkpoint that the page means
         monkeypatch.setattr(members, "rank_of", lambda _: rank)
+        member.task = "classification" if "--split" in words else "segmentation"
         try:
             code = main(words)
         except SystemExit as end:  # --help, --version
@@ -238,9 +256,11 @@ def test_recipe_fragments_are_accepted(block, monkeypatch):
     name, network = ("hippocampus_unet3d", "unet3d") if "VolumeFolder" in block.text else ("polyp_pranet", "pranet")
     if any(word in block.text for word in ("ClassificationTask", "MedMNIST", "ImageFolder")):
         name, network = "medmnist_medvitv2", "convnext_tiny" if "convnext_tiny" in block.text else "va_medvit_tiny"
-        monkeypatch.setattr("visattn.data.medmnist._find", lambda root, flag, native: Path(root, f"{flag}.npz"))
-        monkeypatch.setattr("visattn.data.medmnist._shape", lambda path: (28, 28))
-    tree = merge(load_recipe(find_recipe(name)), read_yaml(block.text, "page"))
+        monkeypatch.setattr("visattn.data.medmnist.find_file", lambda root, flag, native: Path(root, f"{flag}.npz"))
+        monkeypatch.setattr("visattn.data.medmnist.case_shape", lambda path: (28, 28))
+    given = read_yaml(block.text, "page")
+    network = given.get("model", {}).get("init_args", {}).get("network", {}).get("name", network)
+    tree = merge(load_recipe(find_recipe(name)), given)
     check(tree)
     for section, names in (("model", TASKS), ("data", DATA)):
         path = names[class_name(section, tree[section]["class_path"], names)]

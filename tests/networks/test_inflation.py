@@ -46,6 +46,7 @@ def test_the_middle_of_equal_slices_is_the_slice(name):
     for one, other in zip(flat, deep, strict=True):
         middle = other[:, :, other.shape[2] // 2]
         assert (middle - one).abs().max() < 1e-4 * one.abs().max()
+    assert all(not value.any() for key, value in volume_net.state_dict().items() if key.endswith("depth_rel"))
     end = deep[-1][:, :, 0]
     assert name == "identity" or (end - flat[-1]).abs().max() > 1e-3, "zeros beyond the ends are seen there"
 

@@ -1,4 +1,6 @@
 import json
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,13 @@ def test_everything_can_be_summarised(name):
     network, channels = build_model(name, rank, None, None, {})
     side = 32 if rank == 3 else 224
     assert summarise(network, (channels, *(side,) * rank)).flops > 1e6
+
+
+def test_the_page_names_what_there_is():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "networks.md").read_text()
+    stored = page.partition("```text\nnetworks: ")[2].partition("\n```")[0]
+    found = [
+        textwrap.fill(f"{kind}: {', '.join(names(rows))}", 120, subsequent_indent="  ", break_on_hyphens=False)
+        for kind, rows in compositions("segmentation").items()
+    ]
+    assert "networks: " + stored == "\n".join(found), "run the first block of docs/networks.md and paste what it prints"
