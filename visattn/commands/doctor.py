@@ -9,8 +9,8 @@ from visattn.errors import UserError, nearest
 
 _EPILOG = """\
 DIR is a folder of images with masks, of volumes with labels, or of folders of
-images, one for each class; it may also be a table of images with classes (.csv)
-or a file of MedMNIST's form (.npz).
+images, one for each class; or a table of images with classes (.csv), or a file
+of MedMNIST's form (.npz).
 
 With --config the recipe's data is examined as training would read and divide
 it; its keys can be set after the options, as for fit:
