@@ -255,6 +255,8 @@ def _size(plan: ClassPlan) -> list[Line]:
     channels = 1 if found.grey else 3
     small = max(max(side) for side in found.sizes) < min(budget.size)
     why = "enlarged, so that the network's last maps are more than one pixel" if small else budget.why["size"]
+    if min(math.sqrt(math.prod(side)) for side in found.sizes) > _LARGEST:
+        why = f"the images are larger; {_LARGEST} is what such networks are made for, raise it if fine details decide"
     return [
         Line(2, "size", size, why),
         Line(2, "channels", channels, "no image has colour" if channels == 1 else "images have colour"),
