@@ -114,7 +114,7 @@ def test_weights_count_a_case_as_often_as_they_say():
     table, times = table_of(truth, probabilities), np.random.default_rng(0).integers(0, 4, len(truth))
     again = np.repeat(np.arange(len(truth)), times)
     repeated = table_of(truth[again], probabilities[again])
-    np.testing.assert_allclose(table._statistics(times[None].astype(float))[0], list(repeated.means().values()))
+    np.testing.assert_allclose(table.statistics(times[None].astype(float))[0], list(repeated.means().values()))
 
 
 def test_intervals_draw_groups_and_agree_with_a_plain_bootstrap():

@@ -106,13 +106,18 @@ def compare_tables(
         ValueError: A table has other cases or classes.
     """
     results = [_compare(baseline, run.like(baseline), n, seed, level) for run in runs]
-    for metric in METRICS:
+    correct(results)
+    return results
+
+
+def correct(results: list[list[Difference]]) -> None:
+    """Put in the corrected p values, in place: one family for each measure, over all runs and classes."""
+    for metric in {entry.metric for found in results for entry in found}:
         places = [(i, j) for i, found in enumerate(results) for j, entry in enumerate(found) if entry.metric == metric]
         raw = [results[i][j].p for i, j in places]
         family = sum(not math.isnan(p) for p in raw)
         for (i, j), p in zip(places, holm(raw), strict=True):
             results[i][j] = replace(results[i][j], p_holm=p, family=family)
-    return results
 
 
 def pair_up(

@@ -12,14 +12,13 @@ of the two weight, so each class is sorted once, and not for every draw.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visattn.metrics.classes import ALL, ClassTable
 from visattn.metrics.intervals import resample_interval
-from visattn.metrics.paired import FLIPS, Difference, holm
+from visattn.metrics.paired import FLIPS, Difference, correct
 
 EXACT_GROUPS = 12
 """Up to so many groups that differ, every swap is tried: two thousand."""
@@ -59,12 +58,7 @@ def compare_class_tables(
         ):
             raise ValueError("the tables hold different cases or classes")
     results = [_compare(baseline, run, n, seed, level) for run in runs]
-    for metric in {entry.metric for found in results for entry in found}:
-        places = [(i, j) for i, found in enumerate(results) for j, entry in enumerate(found) if entry.metric == metric]
-        raw = [results[i][j].p for i, j in places]
-        family = sum(not math.isnan(p) for p in raw)
-        for (i, j), p in zip(places, holm(raw), strict=True):
-            results[i][j] = replace(results[i][j], p_holm=p, family=family)
+    correct(results)
     return results
 
 
