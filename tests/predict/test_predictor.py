@@ -45,7 +45,7 @@ def test_a_checkpoint_whose_parts_disagree(tmp_path, checkpoint):
         torch.save(content | {KEY: entry | {key: value}}, tmp_path / "bad.ckpt")
         with pytest.raises(UserError, match=r"bad\.ckpt: damaged checkpoint"):
             load(tmp_path / "bad.ckpt")
-    torch.save(content | {KEY: entry | {"task": "classification"}}, tmp_path / "bad.ckpt")
-    with pytest.raises(UserError, match="its task is 'classification'"):
+    torch.save(content | {KEY: entry | {"task": "detection"}}, tmp_path / "bad.ckpt")
+    with pytest.raises(UserError, match="its task is 'detection'"):
         load(tmp_path / "bad.ckpt")
     assert "Predictor(bright" in repr(Predictor(load(checkpoint).checkpoint))
