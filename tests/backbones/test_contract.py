@@ -238,10 +238,14 @@ def test_either_import_order_registers(imports):
 
 
 @pytest.mark.slow
-@torch.no_grad()
 def test_compiles(name, model):
     if name not in FAST:
         pytest.skip("one per family")
-    x = example(model, batch=1)
-    traced = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    x = example(model, batch=2)
+    traced = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = traced(x)
+    expected = model(x)
+    assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()  # sums in another order
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()

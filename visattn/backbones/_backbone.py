@@ -99,11 +99,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, N) of a map; without pooling a map of logits in the layout of `x`."""
-        if not self.channels_last:
-            x = x.movedim(1, -1)
-        axes = tuple(range(1, x.ndim - 1))
         if self.pool:
+            # In the map's own layout: behind a batch norm the gradient of a moved axis breaks torch.compile.
+            axes = tuple(range(1, x.ndim - 1)) if self.channels_last else tuple(range(2, x.ndim))
             x = x.mean(axes) if self.pool == "avg" else x.amax(axes)
+        elif not self.channels_last:
+            x = x.movedim(1, -1)
         x = self.drop(self.pre_logits(self.norm(x)))
         if not pre_logits:
             x = self.fc(x)
