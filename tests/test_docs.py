@@ -168,12 +168,22 @@ def test_a_failing_block_is_reported_with_its_line():
     assert str(caught.traceback[-1].path).endswith("page.md")
 
 
+def converted(source, model, output, arguments):
+    """What `convert_weights` tells of a file that is not there; the network has to be one that it takes."""
+    from visattn.convert import Converted
+    from visattn.weights import OFFICIAL, official_backbones
+
+    assert model in OFFICIAL or model in official_backbones()
+    return Converted(output, 0, 0, (), "")
+
+
 @pytest.fixture
 def accepts(monkeypatch, capsys):
     """Whether `visattn WORDS` is accepted, up to the point where it would start to work, and what it says if not."""
     from visattn import (
         checkpoint,
         compare,
+        convert,
         doctor,
         evaluate,
         evaluate_classes,
@@ -205,6 +215,7 @@ def accepts(monkeypatch, capsys):
     )
     monkeypatch.setattr(checkpoint, "export_weights", lambda *args: [])
     monkeypatch.setattr(phantom, "write_phantom", lambda *args, **keywords: None)
+    monkeypatch.setattr(convert, "convert_weights", converted)
     # What init writes is trained in the page's next line.
     monkeypatch.setattr(init, "write_recipe", lambda _, output, **keys: shutil.copy(RECIPE, output) and 0)
 
