@@ -17,6 +17,7 @@ from torch import nn
 
 import visattn
 from visattn.backbones import FAMILIES
+from visattn.blocks import DropPath
 
 assert visattn.__version__
 CLASSES = 7
@@ -94,6 +95,10 @@ def test_classifies(name, model):
 def test_learns_with_and_without_checkpointing(made, model):
     model.train()
     x = example(model, batch=1 if model.default_cfg.get("fixed_input_size") else 2)  # those are large
+    if len(x) == 1:  # where stochastic depth leaves a branch out of the only image, it gets no gradient
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
     # Where a residual branch ends in a norm's factor that begins at 0, no gradient would come into the branch.
     factors = {f"{key}.weight" for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     begin = {
