@@ -95,10 +95,6 @@ def test_classifies(name, model):
 def test_learns_with_and_without_checkpointing(made, model):
     model.train()
     x = example(model, batch=1 if model.default_cfg.get("fixed_input_size") else 2)  # those are large
-    if len(x) == 1:  # where stochastic depth leaves a branch out of the only image, it gets no gradient
-        for module in model.modules():
-            if isinstance(module, DropPath):
-                module.rate = 0.0
     # Where a residual branch ends in a norm's factor that begins at 0, no gradient would come into the branch.
     factors = {f"{key}.weight" for key, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     begin = {
@@ -122,6 +118,13 @@ def test_learns_with_and_without_checkpointing(made, model):
     largest = max(float(grad.abs().max()) for grad in grads.values())
     for key, grad in grads.items():
         assert float((grad - grads_again[key]).abs().max()) <= 1e-5 * largest, key
+    if len(x) == 1:  # where stochastic depth leaves a branch out of the only image, it gets no gradient
+        for module in model.modules():
+            if isinstance(module, DropPath):
+                module.rate = 0.0
+        model.zero_grad()
+        model(x).square().sum().backward()
+        grads = {key: each.grad for key, each in model.named_parameters()}
     assert sum(not grad.any() for grad in grads.values()) <= len(grads) // 10
 
 
@@ -246,11 +249,11 @@ def test_either_import_order_registers(imports):
 def test_compiles(name, model):
     if name not in FAST:
         pytest.skip("one per family")
-    x = example(model, batch=2)
+    model = model.double()  # sums come in another order, which in single precision shows
+    x = example(model, batch=2).double()
     traced = torch.compile(model, backend="aot_eager", fullgraph=True)
     logits = traced(x)
-    expected = model(x)
-    assert (logits - expected).abs().max() <= 1e-3 * expected.abs().max()  # sums in another order
+    torch.testing.assert_close(logits, model(x), rtol=1e-4, atol=1e-5)
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     model.zero_grad()
