@@ -125,7 +125,7 @@ def captured(call: Call) -> Call:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kept = call()
-    return lambda: (graph.replay(), kept)
+    return lambda: (graph.replay(), kept, call)  # what the call reads must live as long as its graph
 
 
 def medians(functions: dict[str, Call], runs: int) -> dict[str, float]:
