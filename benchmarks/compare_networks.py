@@ -1,6 +1,6 @@
 """Trains networks of ours and of others on equal terms, several seeds each, and compares them on held-out cases.
 
-    python benchmarks/compare_networks.py run --data DATA --work RUNS --output OUT --seconds 400
+    python benchmarks/compare_networks.py run --data DATA --work RUNS --output OUT --steps 1000
     python benchmarks/compare_networks.py table --work RUNS --output OUT          (the tables of what is there)
 
 DATA holds kvasir_seg/, cvc_clinicdb/ and hippocampus/. compare/polyps.yaml and compare/hippocampus.yaml beside this
@@ -277,10 +277,15 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
 def run(options: argparse.Namespace) -> None:
     """Train all jobs, then write the tables."""
     began = time.monotonic()
-    jobs = [(task, name, seed) for task in options.tasks for seed in options.seeds for name in NETWORKS[task]]
+    networks = [(task, name) for task in options.tasks for name in NETWORKS[task]]
+    # Seed by seed, so that what a deadline leaves is still a comparison; with each seed a network moves on to the next
+    # GPU, so that every GPU gets its share of the slow ones.
+    jobs = [
+        (n + m, task, name, seed) for m, seed in enumerate(options.seeds) for n, (task, name) in enumerate(networks)
+    ]
 
-    def one(item: tuple[int, tuple[str, str, int]]) -> None:
-        index, (task, name, seed) = item
+    def one(job: tuple[int, str, str, int]) -> None:
+        place, task, name, seed = job
         folder = options.work / task / f"{name}-{seed}"
         if (folder / "test" / "summary.json").is_file():
             return
@@ -291,7 +296,7 @@ def run(options: argparse.Namespace) -> None:
         words = [sys.executable, str(HERE / "compare_networks.py"), "job", task, name, str(seed)]
         words += ["--data", str(options.data), "--work", str(options.work), "--steps", str(options.steps)]
         words += ["--workers", str(options.workers), "--set", *options.set]
-        own = {} if options.gpus < 2 else {"CUDA_VISIBLE_DEVICES": str(index % options.gpus)}
+        own = {} if options.gpus < 2 else {"CUDA_VISIBLE_DEVICES": str(place % options.gpus)}
         with folder.with_suffix(".log").open("ab") as log:
             process = subprocess.Popen(words, cwd=ROOT, env=environment() | own, stdout=log, stderr=subprocess.STDOUT)
             try:
@@ -306,7 +311,7 @@ def run(options: argparse.Namespace) -> None:
         print(f"    {len(rows)} epochs in {time.monotonic() - began:.0f} s", flush=True)
 
     with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(one, enumerate(jobs)))
+        list(pool.map(one, jobs))
     tables(options)
 
 
