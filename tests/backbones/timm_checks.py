@@ -1,9 +1,9 @@
-"""Runs timm's own tests/test_models.py, which is no part of this repository, on our 2-D names: a plugin of pytest.
+"""Runs timm's own tests/test_models.py, which is no part of this repository, on our 2-D names.
 
-    PYTHONPATH=tests/backbones python -m pytest -p timm_checks -c /dev/null .../timm-1.0.31/tests/test_models.py
+    python tests/backbones/timm_checks.py .../timm-1.0.31/tests/test_models.py -n 8
 
 Take the file of the release of timm that is installed (its source archive on PyPI has it). timm's own models are left
-out, and what timm_deselected.toml lists. `-k va_nat_mini` takes one model.
+out, and what timm_deselected.toml lists. Whatever follows the file goes to pytest: `-k va_nat_mini` takes one model.
 """
 
 import fnmatch
@@ -11,6 +11,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import timm
 
 import visattn
@@ -18,6 +19,7 @@ from visattn.backbones import FAMILIES
 
 assert visattn.__version__
 LISTED = Path(__file__).with_name("timm_deselected.toml")
+QUIET = ("-q", "-rf", "--tb=short", "--no-header", "--disable-warnings", "-c", "/dev/null", "-p", "no:cacheprovider")
 _list_models = timm.list_models
 
 
@@ -26,10 +28,17 @@ def images(name: str) -> bool:
     return timm.get_pretrained_cfg_value(name, "input_size") is not None
 
 
+def tokens(name: str) -> bool:
+    """Whether the model's features are tokens; timm's tests know its own such models by their names."""
+    return timm.get_pretrained_cfg_value(name, "pool_size") is None
+
+
 def ours(filter="", module="", **kwargs):  # noqa: A002, the name is timm's
     """`timm.list_models` of our names; families in files of ours stand in no list of timm's modules."""
     if kwargs.pop("pretrained", False):
         return []
+    if "deit*" in filter:  # names of models with features of their own form
+        return [name for name in ours(**{**kwargs, "exclude_filters": ""}) if tokens(name)]
     return [name for name in _list_models(filter, **kwargs) if name.split(".")[0] in FAMILIES and images(name)]
 
 
@@ -55,3 +64,7 @@ def pytest_collection_modifyitems(config, items):
         (kept if listed else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([*QUIET, "-p", "timm_checks", *sys.argv[1:]]))

@@ -172,7 +172,7 @@ class AgentDeit(nn.Module):
         if global_pool is not None:
             self.global_pool = _pool(global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes)
+        self.head.reset(num_classes, like=next(self.parameters()))
 
     def forward_intermediates(
         self,
