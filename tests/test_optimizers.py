@@ -75,6 +75,22 @@ def test_every_schedule_follows_its_formula_at_every_step(config, formula, warmu
         schedule.step()
 
 
+def test_cooldown_keeps_what_the_curve_reached_as_timm_does():
+    scheduler = pytest.importorskip("timm.scheduler")
+    per_epoch, curve, total, lr, floor = 5, 40, 55, 0.3, 0.02
+    optimizer, other = (build_optimizer({"name": "sgd", "lr": lr}, Net()) for _ in range(2))
+    config = {"name": "cosine", "cooldown_epochs": 3, "floor": floor}
+    schedule = build_schedule(config, optimizer, total, per_epoch)
+    timms = scheduler.CosineLRScheduler(other, t_initial=curve, lr_min=lr * floor, t_in_epochs=False)
+    for done in range(total):
+        timms.step_update(done)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(other.param_groups[0]["lr"], abs=1e-9), done
+        optimizer.step()
+        schedule.step()
+    short = build_schedule({**config, "warmup_epochs": 9}, optimizer, 4, per_epoch)  # no step is left for the curve
+    assert [round(short.lr_lambdas[0](done), 3) for done in range(4)] == [0.333, 0.667, 1.0, 0.02]
+
+
 def test_the_bytes_of_an_optimiser_are_those_it_has_after_a_step():
     for config in (
         {"name": "adamw"},
@@ -94,8 +110,9 @@ def test_schedule_names_its_keys():
     optimizer = build_optimizer({"name": "sgd", "lr": 1.0}, Net())
     with pytest.raises(UserError, match=r"power.*warmup_epochs"):
         build_schedule({"name": "poly", "powr": 2}, optimizer, 10, 1)
-    with pytest.raises(UserError, match="warmup_epochs: must be"):
-        build_schedule({"name": "poly", "warmup_epochs": "two"}, optimizer, 10, 1)
+    for key in ("warmup_epochs", "cooldown_epochs"):
+        with pytest.raises(UserError, match=f"{key}: must be"):
+            build_schedule({"name": "poly", key: "two"}, optimizer, 10, 1)
 
 
 def test_freeze_by_pattern_and_refusal_of_a_pattern_without_match():

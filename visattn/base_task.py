@@ -32,7 +32,7 @@ class TrainingTask(L.LightningModule):
         network: `name` and arguments of the network.
         loss: `name` and its options.
         optimizer: `name`, `lr`, `weight_decay` and the optimiser's own arguments.
-        schedule: `name`, `warmup_epochs`, the curve's own arguments; null: constant.
+        schedule: `name`, `warmup_epochs`, `cooldown_epochs`, the curve's own arguments; null: constant.
         init_from: A visattn checkpoint whose weights the network starts from.
         freeze: Shell patterns of parameter names that do not train.
         backbone_lr_factor: Learning rate of parameters under `backbone.` as a share of `lr`.

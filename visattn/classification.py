@@ -29,7 +29,8 @@ class ClassificationTask(TrainingTask):
         optimizer: `name` (adamw, adam, sgd, or any of timm's), `lr`, `weight_decay` and the optimiser's own arguments.
         loss: `name` (cross_entropy, bce), `label_smoothing`, `class_weights`; null: bce where a case may have several
             labels, else cross_entropy.
-        schedule: `name` (cosine, poly, step, constant), `warmup_epochs`, the curve's own arguments; null: constant.
+        schedule: `name` (cosine, poly, step, constant), `warmup_epochs`, `cooldown_epochs`, the curve's own arguments;
+            null: constant.
         mixing: Mixes the images of a training batch in pairs: `mixup` and `cutmix` (their alpha; 0: not at all),
             `prob`, `switch_prob` and `mode` (batch, pair, elem) of `timm.data.Mixup`. null: no mixing.
         layer_decay: Learning rate of each layer as a share of that of the layer after it, e.g. 0.75; null: all alike.

@@ -143,6 +143,8 @@ def step(progress: float, milestones: tuple[float, ...] = (0.6, 0.85), gamma: fl
     return float(gamma ** sum(progress >= milestone for milestone in milestones))
 
 
+_EPOCHS = ("warmup_epochs", "cooldown_epochs")  # keys of every schedule
+
 SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "poly": poly, "constant": constant, "step": step}
 
 
@@ -151,11 +153,12 @@ def check_schedule(config: Mapping[str, Any]) -> None:
     name = config.get("name", "constant")
     if not isinstance(name, str) or name not in SCHEDULES:
         raise unknown("schedule", str(name), SCHEDULES)
-    rest = {key: value for key, value in config.items() if key != "warmup_epochs"}
-    _keywords(SCHEDULES[name], rest, "model.schedule", skip=("progress",), more=("warmup_epochs",))
-    warmup = config.get("warmup_epochs", 0)
-    if isinstance(warmup, bool) or not isinstance(warmup, int | float) or not 0 <= warmup < math.inf:
-        raise UserError(f"model.schedule.warmup_epochs: must be a number of epochs >= 0, got '{warmup}'")
+    rest = {key: value for key, value in config.items() if key not in _EPOCHS}
+    _keywords(SCHEDULES[name], rest, "model.schedule", skip=("progress",), more=_EPOCHS)
+    for key in _EPOCHS:
+        epochs = config.get(key, 0)
+        if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 <= epochs < math.inf:
+            raise UserError(f"model.schedule.{key}: must be a number of epochs >= 0, got '{epochs}'")
     values = {key: value for key, value in rest.items() if key != "name"}
     for progress in (0.0, 0.5, 1.0):
         try:
@@ -169,18 +172,19 @@ def check_schedule(config: Mapping[str, Any]) -> None:
 def build_schedule(
     config: Mapping[str, Any] | None, optimizer: Optimizer, total_steps: int, steps_per_epoch: float
 ) -> LambdaLR:
-    """A per-step schedule: linear warm-up over `warmup_epochs`, then the named curve over the remaining steps."""
+    """A per-step schedule: linear warm-up over `warmup_epochs`, the named curve, and its end for `cooldown_epochs`."""
     config = dict(config or {"name": "constant"})
     check_schedule(config)
     curve = SCHEDULES[config.pop("name", "constant")]
     warmup = round(float(config.pop("warmup_epochs", 0)) * steps_per_epoch)
     if warmup >= total_steps > 0:
         warmup = total_steps // 2  # a short run (fast_dev_run, a demo) still reaches its full rate
+    cooldown = min(round(float(config.pop("cooldown_epochs", 0)) * steps_per_epoch), (total_steps - warmup) // 2)
 
     def factor(done: int) -> float:
         if done < warmup:
             return (done + 1) / (warmup + 1)
-        return float(curve(min((done - warmup) / max(total_steps - warmup, 1), 1.0), **config))
+        return float(curve(min((done - warmup) / max(total_steps - warmup - cooldown, 1), 1.0), **config))
 
     return LambdaLR(optimizer, factor)
 

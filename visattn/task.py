@@ -29,7 +29,8 @@ class SegmentationTask(TrainingTask):
             path of a weights file).
         loss: `name` and its options, e.g. `{name: structure, pixel_weighted_bce: true}`.
         optimizer: `name` (adamw, adam, sgd), `lr`, `weight_decay` and the optimiser's own arguments.
-        schedule: `name` (cosine, poly, step, constant), `warmup_epochs`, the curve's own arguments; null: constant.
+        schedule: `name` (cosine, poly, step, constant), `warmup_epochs`, `cooldown_epochs`, the curve's own arguments;
+            null: constant.
         init_from: A visattn checkpoint whose weights the network starts from. Entries with another name or shape
             (another head, other input channels) are reported and left as initialised.
         freeze: Shell patterns of parameter names that do not train, e.g. `["backbone.*"]`.

@@ -7,14 +7,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
-from visattn.data.class_augment import CLASS_AUGMENT, build_class_augmenter
+from visattn.data.class_augment import CLASS_AUGMENT, _policy, build_class_augmenter
 from visattn.data.class_preprocessing import ClassPreprocessing
 from visattn.data.image_folder import ImageFolder
 from visattn.data.medmnist import MedMNIST
 from visattn.data.medmnist_flags import FLAGS
 from visattn.errors import UserError
+from visattn.recipe import packaged_recipes
 
 
 def npz(path, labels, shape=(28, 28), **changes):
@@ -253,6 +255,33 @@ def test_every_augmentation_is_a_function_of_the_seed_alone(name, channels):
     assert first.shape == (channels, 24, 32)
     others = [augment(image, np.random.default_rng(seed)) for seed in range(6, 12)]
     assert any(not torch.equal(first, other) for other in others)
+
+
+def test_repeats_give_copies_that_are_augmented_differently(folder):
+    data = ImageFolder(str(folder), size=16, augment=["random_resized_crop"], batch_size=10, repeats=2, num_workers=0)
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    names = batch["case"]
+    assert names[::2] == names[1::2]
+    assert (len(names), len(set(names))) == (10, 5)
+    images = batch["image"]
+    assert not any(torch.equal(images[place], images[place + 1]) for place in range(0, 10, 2))
+    assert torch.equal(images, next(iter(data.train_dataloader()))["image"])
+    with pytest.raises(UserError, match="repeats"):
+        ImageFolder(str(folder), repeats=0)
+
+
+def test_no_recipe_asks_for_a_magnitude_that_timm_cuts():
+    entries = [
+        entry
+        for path in packaged_recipes().values()
+        for entry in yaml.safe_load(path.read_text())["data"]["init_args"].get("augment") or ()
+        if isinstance(entry, dict) and entry["name"] == "randaugment"
+    ]
+    assert len(entries) == 3
+    for entry in entries:
+        change = _policy(entry["config"], (0, 0, 0), 224).ops[0]
+        assert change.magnitude <= (change.magnitude_max or 10)
 
 
 def test_augmentation_leaves_the_global_generators_alone():

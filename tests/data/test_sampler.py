@@ -1,3 +1,4 @@
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,35 @@ def test_epochs_and_seeds_draw_other_orders_and_every_case_comes_round():
     assert [k.item for k in epoch(0, **arguments)[0]] != [k.item for k in epoch(0, **arguments, seed=4)[0]]
     seen = {key.item for number in range(20) for batch in epoch(number, **arguments) for key in batch}
     assert seen == set(range(10))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_repeated_augmentation_is_laid_out_as_timms(world):
+    """timm's sampler draws another order, so cases are compared by when they first appear."""
+    timms = pytest.importorskip("timm.data.distributed_sampler").RepeatAugSampler
+    length, batch_size = 72, 4
+    mine = [
+        [
+            key
+            for batch in epoch(1, length=length, batch_size=batch_size, rank=rank, world=world, repeats=3)
+            for key in batch
+        ]
+        for rank in range(world)
+    ]
+    theirs = [
+        list(timms(range(length), num_replicas=world, rank=rank, num_repeats=3, selected_round=0))
+        for rank in range(world)
+    ]
+
+    def first_seen(lists):
+        flat = [item for together in zip(*lists, strict=True) for item in together]
+        numbers = {}
+        return [numbers.setdefault(item, len(numbers)) for item in flat]
+
+    assert first_seen([[key.item for key in rank] for rank in mine]) == first_seen(theirs)
+    everything = [key for rank in mine for key in rank]
+    assert len(everything) == len(set(everything)) == length  # every copy of a case is another sample
+    assert {key.copy for key in everything} == {0, 1, 2}
 
 
 def test_each_batch_comes_once_per_scale():

@@ -68,7 +68,8 @@ class RandAugment:
     """timm's RandAugment or AutoAugment.
 
     Args:
-        config: What timm calls it: rand-m9-mstd0.5-inc1, or original, v0.
+        config: What timm calls it: rand-m9-mstd0.5-inc1, or original, v0. A magnitude above 10 needs mmax as well,
+            rand-m15-mmax15, and a change is made with probability 0.5, unless p says otherwise.
         p: Probability.
     """
 

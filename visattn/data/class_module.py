@@ -39,6 +39,7 @@ class ClassDataModule(LightningDataModule):
         num_workers: Processes that load data; by default one per free core, at most 8.
         seed: Of split, order and augmentation.
         preprocessing: Size and normalisation.
+        repeats: Copies of each training case in an epoch, which then sees so many times fewer cases.
     """
 
     def __init__(
@@ -50,9 +51,13 @@ class ClassDataModule(LightningDataModule):
         split: dict[str, Any] | None,
         num_workers: int | None,
         seed: int,
+        repeats: int = 1,
     ) -> None:
         super().__init__()
-        for key, value, low in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0), ("seed", seed, 0)):
+        for key, value, low in (
+            *(("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0), ("seed", seed, 0)),
+            ("repeats", repeats, 1),
+        ):
             if value < low:
                 raise UserError(f"data.{key}: needs a whole number of at least {low}, got {value}")
         if (num_workers or 0) > _MOST_WORKERS:
@@ -63,6 +68,7 @@ class ClassDataModule(LightningDataModule):
         self.split = None if split is None else Split.from_config(split)
         self.num_workers = num_workers
         self.seed = seed
+        self.repeats = repeats
         self.cases: dict[str, list[LabelledCase]] = {}
         self.fingerprint = ""
         self._resumed = (0, 0)
@@ -138,7 +144,7 @@ class ClassDataModule(LightningDataModule):
         """Batches of augmented cases, in an order drawn from seed and epoch."""
         rank, world = _rank()
         cases = self.cases["train"]
-        sampler = EpochSampler(len(cases), self.batch_size, self.seed, (1.0,), rank, world)
+        sampler = EpochSampler(len(cases), self.batch_size, self.seed, (1.0,), rank, world, self.repeats)
         sampler.resume(*self._resumed)
         return make_loader(_Samples(self, cases, True), sampler, default_collate, self._workers(), self.seed)
 
@@ -186,7 +192,7 @@ class _Samples(Dataset[dict[str, Any]]):
         return len(self.cases)
 
     def __getitem__(self, key: Key | int) -> Mapping[str, Any]:  # type: ignore[override]
-        index, epoch, _ = key if isinstance(key, Key) else Key(key)
+        index, epoch, _, copy = key if isinstance(key, Key) else Key(key)
         case = self.cases[index]
         image = self.read(case)
         sample = {"target": self.target_of(case), "case": case.name, "group": case.group}
@@ -194,7 +200,7 @@ class _Samples(Dataset[dict[str, Any]]):
             return {**sample, "image": self.preprocessing.prepare(image)}
         if isinstance(self.augmenter, ClassAugmenter):
             # Seeding by a tuple hashes it, so neighbouring samples and epochs draw unrelated streams.
-            rng = np.random.default_rng((self.seed, epoch, index))
+            rng = np.random.default_rng((self.seed, epoch, index, copy) if copy else (self.seed, epoch, index))
             return {**sample, "image": self.augmenter(image, rng)}
         return {**sample, "image": self.preprocessing.prepare(image), "seed": torch.tensor([self.seed, epoch, index])}
 

@@ -47,7 +47,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return len(self.cases)
 
     def __getitem__(self, key: Key | int) -> dict[str, Any]:
-        index, epoch, scale = key if isinstance(key, Key) else Key(key)
+        index, epoch, scale, _ = key if isinstance(key, Key) else Key(key)
         if self.cached is not None:
             image, mask = self.cached[index]
         else:

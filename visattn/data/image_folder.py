@@ -49,6 +49,8 @@ class ImageFolder(ClassDataModule):
         mean: Subtracted per channel after scaling to 0..1; by default ImageNet's.
         std: Divided by per channel; by default ImageNet's.
         num_workers: Processes that load data; by default one per free core, at most 8.
+        repeats: Repeated augmentation: each training image stands so many times in an epoch, augmented differently each
+            time, and the epoch sees so many times fewer of them. 3 is what DeiT and its successors use.
         seed: Of split, order and augmentation.
     """
 
@@ -66,6 +68,7 @@ class ImageFolder(ClassDataModule):
         mean: list[float] | None = None,
         std: list[float] | None = None,
         num_workers: int | None = None,
+        repeats: int = 1,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -79,6 +82,7 @@ class ImageFolder(ClassDataModule):
             batch_size=batch_size,
             split=split,
             num_workers=num_workers,
+            repeats=repeats,
             seed=seed,
         )
         self.root = root

@@ -13,6 +13,7 @@ class Key(NamedTuple):
     item: int
     epoch: int = 0
     scale: float = 1.0
+    copy: int = 0
 
 
 class EpochSampler(Sampler[list[Key]]):
@@ -29,10 +30,20 @@ class EpochSampler(Sampler[list[Key]]):
         scales: Each batch is yielded once for each of these factors of the image size, each a step of its own.
         rank: This process among `world`.
         world: Number of processes that share the data.
+        repeats: Repeated augmentation (Hoffer et al., CVPR 2020): each case stands so many times in a row, as copies
+            that are augmented differently, and an epoch of as many steps sees so many times fewer cases. Copies go to
+            different devices where there are several, as timm's `RepeatAugSampler` has it.
     """
 
     def __init__(
-        self, length: int, batch_size: int, seed: int, scales: Sequence[float] = (1.0,), rank: int = 0, world: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        scales: Sequence[float] = (1.0,),
+        rank: int = 0,
+        world: int = 1,
+        repeats: int = 1,
     ) -> None:
         self.length = length
         self.batch_size = batch_size
@@ -40,6 +51,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.scales = tuple(scales)
         self.rank = rank
         self.world = world
+        self.repeats = repeats
         self.epoch = 0
         self._done = (0, 0)
 
@@ -64,16 +76,24 @@ class EpochSampler(Sampler[list[Key]]):
         return max(1, self.length // (self.batch_size * self.world)) * len(self.scales)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        drawn = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        order = np.arange(self.length)  # places in the epoch; the case at a place, and which copy of it, stand in `key`
         step = self.batch_size * self.world
         if self.length < step:
             # Too few for one full step: all devices get equally many, if need be the first cases again.
             share = -(-self.length // self.world)
             batches = [np.resize(order, share * self.world)[self.rank * share : (self.rank + 1) * share]]
+        elif self.repeats > 1:
+            starts = range(self.rank, self.length // step * step, step)
+            batches = [order[start : start + step - self.rank : self.world] for start in starts]
         else:
             starts = range(self.rank * self.batch_size, self.length // step * step, step)
             batches = [order[start : start + self.batch_size] for start in starts]
-        steps = [[Key(int(index), self.epoch, scale) for index in batch] for batch in batches for scale in self.scales]
+
+        def key(place: int, scale: float) -> Key:
+            return Key(int(drawn[place // self.repeats]), self.epoch, scale, place % self.repeats)
+
+        steps = [[key(int(place), scale) for place in batch] for batch in batches for scale in self.scales]
         yield from steps[self._done[1] if self.epoch == self._done[0] else 0 :]
 
 
