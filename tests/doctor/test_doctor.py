@@ -271,4 +271,4 @@ def test_no_false_error_on_published_sets(real_data, name, capsys):
 @pytest.mark.parametrize("name", ["nifti_unlabelled", "medmnist"])
 def test_published_volumes_without_labels_are_told_apart(real_data, name, capsys):
     assert main(["doctor", str(real_data / name)]) == 2
-    assert ("no known layout" if name == "nifti_unlabelled" else "volumes") in capsys.readouterr().err
+    assert ("no known layout" if name == "nifti_unlabelled" else "name one of them") in capsys.readouterr().err
