@@ -8,7 +8,6 @@ each measure in a process of its own. Results are compared before anything is ti
 
 import argparse
 import contextlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from visattn.data import nifti
 from visattn.data.intensity import Normalise
 from visattn.data.volume_preprocessing import Plan, VolumePreprocessing
 from visattn.labels import Labels
+from visattn.memory import peak_bytes
 from visattn.volume_inference import Engine
 
 SIZE, PATCH = (165, 225, 167), (96, 96, 96)
@@ -238,9 +238,9 @@ def many(path: Path, count: int) -> None:
 def memory(side: str, classes: int) -> None:
     """Print what one call takes beyond what there was before, in MB."""
     call = windows(Free(classes), classes)[side == "monai"]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     call()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((peak_bytes() - before) / 2**20)
 
 
 def main() -> None:

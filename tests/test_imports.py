@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent / "visattn"
 # From the bottom up. A file or package imports only levels below its own, and its own inside.
 LEVELS: list[set[str]] = [
     {"_timm", "errors", "versions"},
-    {"archives", "cells", "class_labels", "files", "labels", "signals"},
+    {"archives", "cells", "class_labels", "files", "labels", "memory", "signals"},
     {"components", "distrust", "folds_file", "keras_file", "scratch"},
     {
         "attention",

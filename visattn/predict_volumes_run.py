@@ -1,8 +1,6 @@
 """One pass over the cases: read ahead, predict, write behind; within a bound on memory."""
 
 import math
-import os
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from visattn.data.nifti import StreamWriter
 from visattn.data.volume_preprocessing import Plan, Size3
 from visattn.data.volumes import check_contrast, image_geometry, read_case
 from visattn.errors import UserError
+from visattn.memory import free_bytes, peak_bytes
 from visattn.overlay import write_png
 from visattn.overlay3d import draw_planes
 from visattn.predict_common import Outcomes
@@ -312,20 +311,3 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def peak_bytes() -> int:
-    """The process's largest memory until now."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def free_bytes() -> int:
-    """Memory that is free, or can be freed without harm."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # no Linux
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -7,7 +7,6 @@ beginning if the line is `again`; at the next line it kills the fork and prints 
 """
 
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from visattn.checkpoint import KEY, checkpoint_metadata
 from visattn.data.intensity import Normalise
 from visattn.data.volume_preprocessing import VolumePreprocessing
 from visattn.labels import Labels
+from visattn.memory import peak_bytes
 
 
 class Levels(nn.Module):
@@ -83,7 +83,7 @@ def main():
         return
     print("ready", flush=True)
     code = predict_volumes([Path(given)], checkpoint, output, **options)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+    print(peak_bytes() >> 20)
     sys.exit(code)
 
 
