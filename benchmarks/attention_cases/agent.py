@@ -16,46 +16,71 @@ SIDE, DIM, HEADS = 56, 96, 3
 class OfficialAgentAttention(nn.Module):
     """The published module: one projection, adaptive pooling, interpolated tables repeated for every image."""
 
-    def __init__(self, agents: int) -> None:
+    def __init__(self, agents: int, dim: int = DIM, heads: int = HEADS, size: tuple[int, int] = (SIDE, SIDE)) -> None:
         super().__init__()
-        self.agents, self.scale = agents, (DIM // HEADS) ** -0.5
-        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
-        self.dwc = nn.Conv2d(DIM, DIM, 3, padding=1, groups=DIM)
-        shapes = {"an": (7, 7), "na": (7, 7), "ah": (SIDE, 1), "aw": (1, SIDE)}
-        for name, shape in shapes.items():
-            lead = (HEADS, agents) if name in ("an", "na") else (1, HEADS, agents)
-            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(*lead, *shape) * 0.02))
-        self.ha_bias = nn.Parameter(torch.randn(1, HEADS, SIDE, 1, agents) * 0.02)
-        self.wa_bias = nn.Parameter(torch.randn(1, HEADS, 1, SIDE, agents) * 0.02)
+        self.agents, self.dim, self.heads, self.size = agents, dim, heads, size
+        self.scale = (dim // heads) ** -0.5
+        self.layers()
+        self.tables()
         self.pool = nn.AdaptiveAvgPool2d(round(agents**0.5))
 
-    def heads(self, x: Tensor) -> Tensor:
-        """Heads of (B, N, C): (B, h, N, d)."""
-        return x.reshape(*x.shape[:2], HEADS, -1).permute(0, 2, 1, 3)
+    def layers(self) -> None:
+        """Projections and the convolution."""
+        self.qkv, self.proj = nn.Linear(self.dim, 3 * self.dim), nn.Linear(self.dim, self.dim)
+        self.dwc = nn.Conv2d(self.dim, self.dim, 3, padding=1, groups=self.dim)
 
-    def table(self, grid: Tensor, batch: int) -> Tensor:
-        """The grid at the map's size, once per image."""
-        resized = F.interpolate(grid, size=(SIDE, SIDE), mode="bilinear")
-        return resized.reshape(1, HEADS, self.agents, -1).repeat(batch, 1, 1, 1)
+    def tables(self) -> None:
+        """The tables of both steps."""
+        height, width = self.size
+        shapes = {
+            "an": (self.heads, self.agents, 7, 7),
+            "na": (self.heads, self.agents, 7, 7),
+            "ah": (1, self.heads, self.agents, height, 1),
+            "aw": (1, self.heads, self.agents, 1, width),
+            "ha": (1, self.heads, height, 1, self.agents),
+            "wa": (1, self.heads, 1, width, self.agents),
+        }
+        for name, shape in shapes.items():
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(shape) * 0.02))
+
+    def split(self, x: Tensor) -> Tensor:
+        """Heads of (B, N, C): (B, h, N, d)."""
+        return x.reshape(*x.shape[:2], self.heads, -1).permute(0, 2, 1, 3)
+
+    def map(self, x: Tensor) -> Tensor:
+        """The map (B, C, H, W) of (B, N, C)."""
+        return x.reshape(x.shape[0], *self.size, self.dim).permute(0, 3, 1, 2)
+
+    def biases(self, batch: int) -> tuple[Tensor, Tensor]:
+        """B1 (B, h, n, N) and B2 (B, h, N, n), once per image."""
+
+        def table(grid: Tensor) -> Tensor:
+            resized = F.interpolate(grid, size=self.size, mode="bilinear")
+            return resized.reshape(1, self.heads, self.agents, -1).repeat(batch, 1, 1, 1)
+
+        lines = (self.ah_bias + self.aw_bias).reshape(1, self.heads, self.agents, -1).repeat(batch, 1, 1, 1)
+        first = table(self.an_bias) + lines
+        lines = (self.ha_bias + self.wa_bias).reshape(1, self.heads, -1, self.agents).repeat(batch, 1, 1, 1)
+        return first, table(self.na_bias).permute(0, 1, 3, 2) + lines
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, biases: tuple[Tensor, Tensor]) -> Tensor:
+        """The two steps on tokens (B, N, C), with agents from the map (B, C, H, W)."""
+        agents = self.split(self.pool(pooled).reshape(len(q), self.dim, -1).permute(0, 2, 1))
+        heads, keys, values = self.split(q), self.split(k), self.split(v)
+        gathered = ((agents * self.scale) @ keys.transpose(-2, -1) + biases[0]).softmax(-1) @ values
+        out = ((heads * self.scale) @ agents.transpose(-2, -1) + biases[1]).softmax(-1) @ gathered
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Query, key and value (B, N, C) of tokens."""
+        return self.qkv(x).reshape(*x.shape[:2], 3, self.dim).permute(2, 0, 1, 3).unbind(0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix `x` (B, H, W, C)."""
-        batch, tokens = x.shape[0], SIDE * SIDE
-        x = x.reshape(batch, tokens, DIM)
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, DIM).permute(2, 0, 1, 3).unbind(0)
-        maps = q.reshape(batch, SIDE, SIDE, DIM).permute(0, 3, 1, 2)
-        agents = self.heads(self.pool(maps).reshape(batch, DIM, -1).permute(0, 2, 1))
-        q, k, v = self.heads(q), self.heads(k), self.heads(v)
-        lines = (self.ah_bias + self.aw_bias).reshape(1, HEADS, self.agents, -1).repeat(batch, 1, 1, 1)
-        bias = self.table(self.an_bias, batch) + lines
-        gathered = ((agents * self.scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-        lines = (self.ha_bias + self.wa_bias).reshape(1, HEADS, -1, self.agents).repeat(batch, 1, 1, 1)
-        bias = self.table(self.na_bias, batch).permute(0, 1, 3, 2) + lines
-        out = ((q * self.scale) @ agents.transpose(-2, -1) + bias).softmax(-1) @ gathered
-        out = out.transpose(1, 2).reshape(batch, tokens, DIM)
-        values = v.transpose(1, 2).reshape(batch, SIDE, SIDE, DIM).permute(0, 3, 1, 2)
-        out = out + self.dwc(values).permute(0, 2, 3, 1).reshape(batch, tokens, DIM)
-        return self.proj(out).reshape(batch, SIDE, SIDE, DIM)
+        q, k, v = self.project(x.reshape(len(x), -1, self.dim))
+        out = self.mix(q, k, v, self.map(q), self.biases(len(x)))
+        out = out + self.dwc(self.map(v)).permute(0, 2, 3, 1).reshape(out.shape)
+        return self.proj(out).reshape(x.shape)
 
 
 def pair(agents: int) -> tuple[nn.Module, nn.Module]:

@@ -90,4 +90,5 @@ CASES = [
     ("va_partialnet_t0", PLAIN, official, (1.0, 1.0)),
     ("va_partialnet_t1", PLAIN, official, (1.0, 1.0)),
     ("va_partialnet_t2", PLAIN, official, (1.0, 1.0)),
+    ("va_partialnet_s", PLAIN, official, (1.0, 1.0)),
 ]
