@@ -73,6 +73,7 @@ def test_classifies(name, model):
     assert logits.isfinite().all()
     assert not torch.equal(logits[0], logits[1])
     assert torch.equal(model.forward_head(features), logits)
+    torch.testing.assert_close(model(x[1:]), logits[1:], rtol=1e-3, atol=1e-5)  # whatever its neighbours in the batch
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size)
     assert torch.equal(model.get_classifier()(pooled), logits)
@@ -90,6 +91,37 @@ def test_classifies(name, model):
     assert "head.fc.weight" not in bare.state_dict()
     with pytest.raises(TypeError, match="no_such_argument"):
         timm.create_model(name, no_such_argument=1)
+
+
+def test_configuration(name):
+    """What timm's record says of the model, and what its functions promise; nothing is computed."""
+    rates = {"drop_rate": 0.25, "drop_path_rate": 0.3}
+    model = timm.create_model(name, device="meta", dtype=torch.float64, **rates).eval()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(each.is_meta for each in tensors.values())
+    assert all(each.dtype == torch.float64 for each in tensors.values() if each.is_floating_point())
+    cfg = model.default_cfg
+    assert model.num_classes == cfg["num_classes"]
+    assert {f"{cfg['first_conv']}.weight", f"{cfg['classifier']}.weight"} <= set(model.state_dict())
+    assert all(model.get_submodule(each["module"]) for each in model.feature_info)
+    if cfg.get("input_size"):
+        assert cfg["input_size"][0] == model.in_chans
+        features = model.forward_features(torch.empty(1, *cfg["input_size"], device="meta", dtype=torch.float64))
+        if cfg.get("pool_size"):
+            assert channels_first(features, model).shape == (1, model.num_features, *cfg["pool_size"])
+    # Stochastic depth grows up to the rate that was asked for, which dropout does not touch.
+    found = [each.rate for each in model.modules() if isinstance(each, DropPath)]
+    assert max(found) == pytest.approx(0.3)
+    assert {each.p for each in model.head.modules() if isinstance(each, nn.Dropout)} == {0.25}
+    model.requires_grad_(False)
+    model.reset_classifier(0)
+    assert not any(each.requires_grad for each in model.parameters())
+    model.reset_classifier(3)
+    new = model.get_classifier().weight
+    assert new.is_meta
+    assert new.dtype == torch.float64
+    assert new.requires_grad
+    assert not any(module.training for module in model.modules())
 
 
 def test_learns_with_and_without_checkpointing(made, model):
@@ -168,6 +200,37 @@ def test_maps(name, model):
     assert torch.equal(found[1], maps[2])
 
 
+@pytest.mark.slow
+def test_features_train_every_parameter(name):
+    """Distributed training fails on a parameter that gets no gradient."""
+    net = timm.create_model(name, features_only=True, out_indices=(0, -2)).train()
+    for module in net.modules():
+        if isinstance(module, DropPath):
+            module.rate = 0.0
+    for again in (False, True):
+        net.model.set_grad_checkpointing(again)
+        net.zero_grad()
+        sum(each.square().mean() for each in net(example(net.model, batch=2))).backward()
+        assert not [key for key, each in net.named_parameters() if each.grad is None]
+
+
+@torch.no_grad()
+def test_other_precision_and_memory(model):
+    x = example(model, batch=1)
+    logits = model(x)
+    # Rounding to 8 bits may do what rounding to 24 does, so much more often: networks differ in how they amplify it.
+    rounding = 2**16 * float((logits - copy.deepcopy(model).double()(x.double())).abs().max())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert float((model(x) - logits).abs().max()) <= rounding
+    half = copy.deepcopy(model).bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert float((half - logits).abs().max()) <= rounding
+    memory = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    model = model.to(memory_format=memory)
+    torch.testing.assert_close(model(x.contiguous(memory_format=memory)), logits, rtol=1e-3, atol=1e-4)
+    assert all(each.is_contiguous(memory_format=memory) for each in model.parameters() if each.ndim == x.ndim)
+
+
 def test_layers_for_optimisers(model):
     names = [key for key, _ in model.named_parameters()]
     assert set(model.no_weight_decay()) <= set(names)
@@ -243,6 +306,17 @@ assert timm.is_model("va_pyramid_tiny") and timm.is_model("resnet18")
 )
 def test_either_import_order_registers(imports):
     subprocess.run([sys.executable, "-c", IMPORTS.format(imports=imports)], check=True, timeout=120)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_exports(name, model):
+    """In double precision: an exported program's sums come in another order, which va_medvit_* amplify."""
+    if name not in FAST:
+        pytest.skip("one per family")
+    model, x = model.double(), example(model, batch=1).double()
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.slow

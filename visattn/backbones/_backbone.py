@@ -6,8 +6,8 @@ throughout, channels-last (B, *S, C) or channels-first (B, C, *S); images come i
 Legend: B batch, *S spatial axes, C channels, N classes.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from timm.models import checkpoint_seq, register_notrace_module
@@ -169,6 +169,10 @@ class Backbone(nn.Module):
             self.map_norms = nn.ModuleList(map_norms)
         self._no_decay = tuple(no_decay)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(spare_tables(fn, max(weight.ndim for weight in self.stem.parameters())), recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone."""
@@ -280,6 +284,19 @@ class Backbone(nn.Module):
         if output_fmt == self.output_fmt:
             return x
         return x.movedim(-1, 1) if self.channels_last else x.movedim(1, -1)
+
+
+def spare_tables(fn: Callable[[Tensor], Tensor], ndim: int) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply` where weights of convolutions have `ndim` axes.
+
+    `to(memory_format=...)` takes every tensor of four or five axes for such a weight, and torch refuses one of the
+    other number. These are tables of positions, so they are handed over as vectors.
+    """
+
+    def spared(x: Tensor) -> Tensor:
+        return fn(x.flatten()).view(x.shape) if x.ndim > 3 and x.ndim != ndim else fn(x)
+
+    return spared
 
 
 def taken_indices(number: int, indices: Indices) -> list[int]:

@@ -16,8 +16,8 @@ Legend: B batch, C channels, H and W sides of the map of patches.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
@@ -35,7 +35,7 @@ from visattn.backbones._agent import (
     position_table,
     resized_grid,
 )
-from visattn.backbones._backbone import Head, Indices, taken_indices
+from visattn.backbones._backbone import Head, Indices, spare_tables, taken_indices
 from visattn.backbones._build import build, config
 from visattn.blocks import drop_path_rates, init_linear
 
@@ -143,6 +143,10 @@ class AgentDeit(nn.Module):
         self.head = Head(dim, num_classes, pool="", channels_last=True, drop_rate=drop_rate)
         self.apply(init_linear)
         fit_on_load(self, _positions)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(spare_tables(fn, 4), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def no_weight_decay(self) -> set[str]:
