@@ -13,11 +13,15 @@ from visattn.data.image_folder import ImageFolder
 from visattn.data.medmnist import MedMNIST
 from visattn.init import write_recipe
 from visattn.init.budget import choose_network
+from visattn.init.class_network import class_network
 from visattn.init.class_recipe import make_class_plan
 from visattn.init.class_survey import survey_classes
+from visattn.init.composed import Wanted
 from visattn.init.machine import Machine
 from visattn.labels import Labels
+from visattn.networks.classifier import create_classifier
 from visattn.recipe import resolve
+from visattn.recipe_cli import parse
 
 CPU = Machine(cores=2, memory=2**34)
 GPU = Machine(8, 2**36, "cuda", "a GPU", 24 * 2**30, 1, "bf16-mixed")
@@ -140,10 +144,71 @@ def test_what_cannot_be_trained_on_writes_nothing(tmp_path, capsys):
         file.write_text("no image")
     assert main(["init", str(one), "--output", str(tmp_path / "r.yaml")]) == 2
     assert "fewer than two classes" in capsys.readouterr().err
-    command = ["init", str(folders(tmp_path / "two")), "--output", str(tmp_path / "r.yaml"), "--attention", "halo"]
-    assert main(command) == 2
-    assert "are for segmentation" in capsys.readouterr().err
     assert not (tmp_path / "r.yaml").exists()
+
+
+def written(source, output, *words):
+    assert main(["init", str(source), "--output", str(output), *words]) == 0
+    _, tree = resolve([str(output)], [])
+    parse(tree).build()
+    return tree["model"]["init_args"]["network"], tree["data"]["init_args"]
+
+
+def test_the_network_that_is_asked_for(tmp_path, capsys):
+    source = folders(tmp_path / "data")
+    network, data = written(source, tmp_path / "a.yaml", "--network", "resnet10t")
+    assert network == {"name": "resnet10t", "pretrained": False}
+    assert "resnet10t, " in capsys.readouterr().out
+    network, data = written(source, tmp_path / "b.yaml", "--attention", "neighborhood")
+    assert network["name"].startswith("va_pyramid_")
+    assert network["attention"] == "neighborhood"
+    assert data["size"] == 96, "as large as the images"
+    assert "with neighborhood attention" in capsys.readouterr().out
+    network, _ = written(arrays(tmp_path / "adrenalmnist3d.npz", rank=3), tmp_path / "d.yaml", "--attention", "halo")
+    assert network["name"].startswith("va_pyramid3d_")
+    assert create_classifier(**network, in_channels=1, classes=2) is not None
+
+
+@pytest.mark.slow  # computes what larger networks cost
+def test_a_network_of_one_size_gets_that_size(tmp_path):
+    source = folders(tmp_path / "data")
+    assert written(source, tmp_path / "a.yaml", "--network", "va_biformer_tiny")[1]["size"] == 96
+    assert written(source, tmp_path / "b.yaml", "--network", "vit_tiny_patch16_224")[1]["size"] == 224
+    assert "takes no other size" in (tmp_path / "b.yaml").read_text()
+    _, data = written(arrays(tmp_path / "breastmnist.npz"), tmp_path / "c.yaml", "--network", "va_agent_swin_t")
+    assert data["size"] == 224
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (["--network", "resnt18"], ["unknown network 'resnt18'", "Did you mean 'resnet18'"]),
+        (["--network", "unet"], ["makes masks", "models --task classification"]),
+        (["--network", "va_pyramid3d_tiny"], ["takes volumes, and these are images"]),
+        (["--network", "resnet18", "--attention", "halo"], ["blocks of 'resnet18' are its own", "leave --network out"]),
+        (["--attention", "neigborhood"], ["unknown attention", "Did you mean 'neighborhood'"]),
+        (["--backbone", "resnet18"], ["one network", "--network resnet18"]),
+    ],
+)
+def test_a_network_that_cannot_be_is_told_before_the_images_are_read(words, messages, tmp_path, monkeypatch, capsys):
+    source = folders(tmp_path / "data", count=1)
+    monkeypatch.setattr("visattn.init.survey_classes", lambda path: pytest.fail("the images were read"))
+    assert main(["init", str(source), "--output", str(tmp_path / "r.yaml"), *words]) == 2
+    error = capsys.readouterr().err
+    assert all(message in error for message in messages), error
+    assert not (tmp_path / "r.yaml").exists()
+
+
+@pytest.mark.slow  # computes costs of three networks
+def test_computed_costs_agree_with_measured_ones():
+    """The classifiers that init picks by itself were measured; the same ones, computed, come near."""
+    classes = ClassLabels(("a", "b"))
+    for rank, machine, channels in ((2, CPU, 3), (3, CPU, 1), (3, GPU, 1)):
+        measured = choose_network(classes, machine, rank=rank)
+        computed = class_network(classes, machine, channels, rank, Wanted(measured.arguments["name"]))
+        assert computed.parameters == pytest.approx(measured.parameters, rel=0.1), measured.title
+        assert computed.pixel_bytes == pytest.approx(measured.pixel_bytes, rel=0.6), measured.title
+        assert computed.seconds[1] == pytest.approx(measured.seconds[1], rel=0.6), measured.title
 
 
 def test_hostile_names_stay_names(tmp_path):

@@ -11,9 +11,10 @@ import yaml
 from PIL import Image
 
 from visattn.data.class_augment import CLASS_AUGMENT, _policy, build_class_augmenter
-from visattn.data.class_preprocessing import ClassPreprocessing
+from visattn.data.class_preprocessing import ClassPreprocessing, fits
 from visattn.data.image_folder import ImageFolder
 from visattn.data.medmnist import MedMNIST
+from visattn.data.medmnist_file import case_rank
 from visattn.data.medmnist_flags import FLAGS
 from visattn.errors import UserError
 from visattn.recipe import packaged_recipes
@@ -74,6 +75,12 @@ def test_grey_colour_and_volumes(shape, channels, expected, tmp_path):
             image, stored if shape[-1] == 3 else np.repeat(stored[..., None], expected[0], -1)
         )
         np.testing.assert_allclose(data.preprocessing.prepare(image).movedim(0, -1).numpy() * 255, image, atol=1e-4)
+
+
+def test_the_last_axis_tells_images_from_volumes():
+    shapes = {(28, 28): 2, (28, 28, 1): 2, (28, 28, 3): 2, (28, 28, 28): 3, (28, 28, 28, 1): 3}
+    assert {shape: case_rank(shape) for shape in shapes} == shapes
+    assert all(fits(shape, rank) and not fits(shape, 5 - rank) for shape, rank in shapes.items())
 
 
 def test_size_brings_images_and_volumes_to_the_network(tmp_path):

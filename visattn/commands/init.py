@@ -17,9 +17,9 @@ def add(commands: Any) -> None:
         help="data set: images and masks, volumes with labels, class folders, a table (.csv), MedMNIST's .npz",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="RECIPE.yaml", help="file to write")
-    parser.add_argument("--network", metavar="NAME", help="the network, as visattn models lists them")
-    parser.add_argument("--attention", metavar="NAME", help="the mechanism of the pyramid that encodes, as halo")
-    parser.add_argument("--backbone", metavar="NAME", help="the encoder: any va_... or timm model")
+    parser.add_argument("--network", metavar="NAME", help="as visattn models lists them; for classes also any of timm")
+    parser.add_argument("--attention", metavar="NAME", help="mechanism of a pyramid as encoder or classifier, as halo")
+    parser.add_argument("--backbone", metavar="NAME", help="encoder of a network for masks: any va_... or of timm")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
     parser.set_defaults(call=_call)
 

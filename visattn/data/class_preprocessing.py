@@ -112,7 +112,7 @@ def with_channels(image: NDArray[np.uint8], rank: int, channels: int) -> NDArray
 
 def fits(shape: Sequence[int], rank: int) -> bool:
     """Whether an array of this shape is one case: grey, or of images also colour."""
-    plain = len(shape) == rank and not (rank == 3 and shape[-1] == 3)  # a volume of three columns is an image
+    plain = len(shape) == rank and not (rank == 3 and shape[-1] in (1, 3))  # an image, with its channels last
     return 0 not in shape and (plain or (len(shape) == rank + 1 and shape[-1] in ((1, 3) if rank == 2 else (1,))))
 
 

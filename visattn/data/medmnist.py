@@ -13,7 +13,7 @@ from visattn.data.class_module import ClassDataModule, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size, with_channels
 from visattn.data.images import IMAGENET_MEAN, IMAGENET_STD
-from visattn.data.medmnist_file import case_shape, classes_of, count_classes, find_file, flag_of, read_arrays
+from visattn.data.medmnist_file import case_rank, case_shape, classes_of, count_classes, find_file, flag_of, read_arrays
 from visattn.data.medmnist_flags import FLAGS, KINDS, MULTI_LABEL
 from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS
@@ -77,7 +77,7 @@ class MedMNIST(ClassDataModule):
         self.task: str = task or FLAGS[self.flag][0]
         self._names = labels
         shape = case_shape(self.path) if self.path else (32,) * (3 if self.flag.endswith("3d") else 2)
-        rank = 3 if len(shape) == 3 and shape[-1] != 3 else 2
+        rank = case_rank(shape)
         channels = channels or (1 if rank == 3 else 3)
         if rank == 3 and channels != 1:
             raise UserError("data.channels: volumes have one channel")

@@ -58,6 +58,11 @@ def case_shape(path: Path) -> tuple[int, ...]:
     return read_headers(path)["train_images"][0][1:]
 
 
+def case_rank(shape: Sequence[int]) -> int:
+    """Spatial axes of a case of that shape: 3 of (D, H, W) or (D, H, W, 1); 2 of (H, W), (H, W, 1) or (H, W, 3)."""
+    return 3 if len(shape) == 4 or (len(shape) == 3 and shape[-1] not in (1, 3)) else 2
+
+
 def read_headers(path: Path) -> Headers:
     """Shape and type of the images and labels of every part, from the headers alone.
 

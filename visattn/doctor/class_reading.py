@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from visattn.data.cases import Case
 from visattn.data.class_cases import LabelledCase
 from visattn.data.class_preprocessing import with_channels
+from visattn.data.medmnist_file import case_rank
 from visattn.doctor.findings import Findings
 from visattn.doctor.reading import Heard, Seen, digest_of, image_print, look_at_all
 from visattn.survey import Facts, look_at_image
@@ -39,7 +40,7 @@ def look_at_arrays(
         part, index = places[case.name]
         image = images[part][index]
         digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
-        flat = image.ndim == 2 or image.shape[-1] == 3
+        flat = case_rank(image.shape) == 2
         facts = Facts(case.image, (image.shape[0], image.shape[1]) if flat else None)
         # Constant ones are told as such; to call each of them a copy of the others would say nothing.
         if int(image.min()) == int(image.max()):

@@ -31,7 +31,7 @@ from visattn.recipe import check_keys
 KEYS: dict[str, dict[str, Any]] = {
     "ImageFolder": {
         "root": None, "labels": None, "multi_label": False, "size": 224, "crop": None, "split": None, "augment": None,
-        "batch_size": 32, "channels": 3, "mean": None, "std": None, "num_workers": None, "seed": 0,
+        "batch_size": 32, "channels": 3, "mean": None, "std": None, "num_workers": None, "repeats": 1, "seed": 0,
     },
     "MedMNIST": {
         "root": None, "flag": None, "native": 28, "labels": None, "task": None, "size": None, "channels": None,

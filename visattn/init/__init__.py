@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from visattn import __version__
+from visattn.data.medmnist_file import case_rank, case_shape
 from visattn.doctor.volume_sets import holds_volumes
 from visattn.errors import UserError
 from visattn.files import write_text_atomic
 from visattn.init.budget import duration
+from visattn.init.class_network import class_arguments
 from visattn.init.class_recipe import (
     class_commands,
     class_data,
@@ -73,11 +75,11 @@ def write_recipe(
     classes = class_source(folder.expanduser()) is not None
     volumes = not classes and holds_volumes(folder.expanduser())
     if wanted and classes:
-        raise UserError("--network, --attention, --backbone: are for segmentation; set model.network in the recipe")
-    if wanted:
+        _check_classifier(wanted, machine, folder.expanduser())
+    elif wanted:
         wanted_arguments(wanted, 3 if volumes else 2, machine)  # before the data are looked at, which takes longer
     if classes:
-        draft = _draft_classes(folder, machine, output)
+        draft = _draft_classes(folder, machine, output, wanted)
     else:
         draft = (_draft_volumes if volumes else _draft_images)(folder, machine, output, wanted)
     _refuse(list(draft.files), overwrite)
@@ -139,8 +141,13 @@ def _draft_volumes(folder: Path, machine: Machine, output: Path, wanted: Wanted 
     )  # fmt: skip
 
 
-def _draft_classes(folder: Path, machine: Machine, output: Path) -> _Draft:
-    plan = make_class_plan(survey_classes(folder), machine)
+def _check_classifier(wanted: Wanted, machine: Machine, folder: Path) -> None:
+    """Refuse a network before the data are looked at, which takes longer."""
+    class_arguments(wanted, machine, case_rank(case_shape(folder)) if class_source(folder) == "arrays" else 2)
+
+
+def _draft_classes(folder: Path, machine: Machine, output: Path, wanted: Wanted | None) -> _Draft:
+    plan = make_class_plan(survey_classes(folder), machine, wanted)
     return _Draft(
         class_what(plan), class_recipe_lines(plan), {}, machine, plan.budget.seconds, class_data(plan),
         class_rows(plan), plan.notes, list(plan.survey.problems), class_commands(plan, output),

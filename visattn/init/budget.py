@@ -28,6 +28,7 @@ _STATE = 16  # bytes a parameter: weight, gradient and the two moments of Adam
 _EXTRA_CORE = 0.75  # what each core after the first adds
 _MOST_CORES = 8
 _VALIDATION = (0.02, 0.35)  # seconds an image for the metrics, and the share of a training step that a prediction costs
+ONLY = "the network takes no other size"
 _GPU_SECONDS = (0.1, 0.07)  # a step on an H200 that other runs share: fixed, and for each megapixel of the batch
 
 
@@ -134,7 +135,12 @@ def _unet3d(levels: Levels, first: int, most: int, why: str) -> Network:
 
 
 def plan_budget(
-    network: Network, machine: Machine, sizes: Sequence[tuple[int, int]], training: int, validation: int
+    network: Network,
+    machine: Machine,
+    sizes: Sequence[tuple[int, int]],
+    training: int,
+    validation: int,
+    only: int | None = None,
 ) -> Budget:
     """Choose size, batch and epochs.
 
@@ -144,16 +150,17 @@ def plan_budget(
         sizes: Height and width of every image.
         training: Number of training images.
         validation: Number of validation images.
+        only: Side of the only square that the network takes; None: it takes any size.
     """
     # Four steps an epoch at least, but no batch so small that its norms are noise, unless the data set is.
     wanted = min(BATCH, max(4 if training >= 8 else 2, _power(training // 4)))
-    native, aspect, shape = _shape(sizes)
+    native, aspect, shape = _shape([(only, only)] if only else sizes)
     if machine.device == "cpu":
-        return _cpu_budget(network, machine, sizes, wanted, training, validation)
+        return _cpu_budget(network, machine, sizes, wanted, training, validation, only)
     room = gpu_room(network, machine)
     cap = next(side for least, side in _GPU_SIDES if machine.gpu_memory >= least)
-    for side in _sides(min(native, cap)):
-        size = _size(side, aspect)
+    for side in [only] if only else _sides(min(native, cap)):
+        size = (only, only) if only else _size(side, aspect)
         image = network.pixel_bytes * size[0] * size[1]
         fits = int(room / image)
         if fits >= min(wanted, 4):
@@ -166,7 +173,7 @@ def plan_budget(
     image_seconds = _GPU_SECONDS[0] / batch + _GPU_SECONDS[1] * size[0] * size[1] / 1e6
     seconds = epochs * (training * image_seconds + validation * (_VALIDATION[1] * image_seconds + _VALIDATION[0]))
     why = {
-        "size": _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "size": ONLY if only else _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
         "batch": f"what fits into {machine.gpu_memory_text}" if batch < wanted else _batch_reason(batch, training),
         "epochs": f"{epochs * training} images seen in all, {_steps(epochs, training, batch, accumulate)} steps",
     }
@@ -175,9 +182,15 @@ def plan_budget(
 
 
 def _cpu_budget(
-    network: Network, machine: Machine, sizes: Sequence[tuple[int, int]], batch: int, training: int, validation: int
+    network: Network,
+    machine: Machine,
+    sizes: Sequence[tuple[int, int]],
+    batch: int,
+    training: int,
+    validation: int,
+    only: int | None,
 ) -> Budget:
-    native, aspect, shape = _shape(sizes)
+    native, aspect, shape = _shape([(only, only)] if only else sizes)
     speed = cpu_speed(machine)
     epochs = min(_whole(min(max(60 * training, 500 * batch), 24_000) / training), 200)
 
@@ -185,8 +198,8 @@ def _cpu_budget(
         step = network.seconds[0] + network.seconds[1] * size[0] * size[1] / 1e6
         return (training * step + validation * (_VALIDATION[1] * step + _VALIDATION[0])) / speed
 
-    for side in _sides(min(native, _CPU_SIDE)):
-        size = _size(side, aspect)
+    for side in [only] if only else _sides(min(native, _CPU_SIDE)):
+        size = (only, only) if only else _size(side, aspect)
         if epochs * seconds(size) <= CPU_SECONDS or side <= 96:
             break
     affordable = max(1, int(CPU_SECONDS / seconds(size)))
@@ -197,7 +210,7 @@ def _cpu_budget(
     else:
         limit = f"more takes long on {machine.described}; thin or small things need a GPU"
     why = {
-        "size": _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "size": ONLY if only else _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
         "batch": _batch_reason(batch, training),
         "epochs": f"about {duration(epochs * seconds(size))}, {_steps(epochs, training, batch, 1)} steps: {enough}",
     }

@@ -10,15 +10,17 @@ from visattn.errors import UserError
 from visattn.init.budget import (
     BATCH,
     CPU_SECONDS,
+    ONLY,
     Budget,
     Network,
-    choose_network,
     cpu_speed,
     duration,
     gpu_room,
     plan_budget,
 )
+from visattn.init.class_network import class_network, only_side, refusal
 from visattn.init.class_survey import ClassSurvey
+from visattn.init.composed import Wanted
 from visattn.init.machine import Machine
 from visattn.init.plan import precision_why
 from visattn.init.text import Line, command
@@ -54,8 +56,13 @@ class ClassPlan:
     notes: tuple[str, ...]
 
 
-def make_class_plan(found: ClassSurvey, machine: Machine) -> ClassPlan:
+def make_class_plan(found: ClassSurvey, machine: Machine, wanted: Wanted | None = None) -> ClassPlan:
     """Decide everything.
+
+    Args:
+        found: What the data hold.
+        machine: What the machine can do.
+        wanted: Network or attention instead of what is picked otherwise.
 
     Raises:
         UserError: No training could come of this data.
@@ -64,12 +71,20 @@ def make_class_plan(found: ClassSurvey, machine: Machine) -> ClassPlan:
     split, counts, notes = _split(found)
     if min(counts) < 1:
         raise UserError(f"{found.root}: {found.total} images; training and validation need at least one each")
-    network = choose_network(labels, machine, rank=found.rank)
+    channels = 1 if found.grey else 3
+    network = class_network(labels, machine, channels, found.rank, wanted)
     if found.rank == 2:
         sizes = [_capped(size) for size, count in found.sizes.items() for _ in range(count)]
         budget = plan_budget(network, machine, sizes, *counts)
+        if wanted and (why := refusal(network.arguments, channels, labels.channels, budget.size)):
+            only = only_side(network)
+            if only is None or budget.size == (only, only):
+                raise UserError(f"--network {network.title}: {why}")
+            budget = plan_budget(network, machine, sizes, *counts, only=only)
     else:
         budget = _volume_budget(found, network, machine, *counts)
+        if wanted and (why := refusal(network.arguments, channels, labels.channels, max(found.sizes, key=math.prod))):
+            raise UserError(f"--network {network.title}: {why}")
     most, least = max(found.counts.values()), min(found.counts[name] for name in found.names)
     if most > _UNEQUAL * least:
         notes.append("classes are very unequal: weigh the loss (class_weights), judge by balanced accuracy")
@@ -255,7 +270,9 @@ def _size(plan: ClassPlan) -> list[Line]:
     channels = 1 if found.grey else 3
     small = max(max(side) for side in found.sizes) < min(budget.size)
     why = "enlarged, so that the network's last maps are more than one pixel" if small else budget.why["size"]
-    if min(math.sqrt(math.prod(side)) for side in found.sizes) > _LARGEST:
+    if budget.why["size"] == ONLY:
+        why = ONLY
+    elif min(math.sqrt(math.prod(side)) for side in found.sizes) > _LARGEST:
         why = f"the images are larger; {_LARGEST} is what such networks are made for, raise it if fine details decide"
     return [
         Line(2, "size", size, why),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from visattn.data.class_files import Row, list_folders, list_table
-from visattn.data.medmnist_file import count_classes, flag_of, read_arrays
+from visattn.data.medmnist_file import case_rank, count_classes, flag_of, read_arrays
 from visattn.data.medmnist_flags import FLAGS, MULTI_LABEL
 from visattn.errors import UserError
 from visattn.progress import Bar
@@ -85,9 +85,8 @@ def _arrays(path: Path, root: Path) -> ClassSurvey:
             else:
                 problems.append(f"{path}: {part}_labels holds {value} {count} times; there are {len(names)} classes")
     shape = images["train"].shape[1:]
-    colour = len(shape) == 3 and shape[-1] == 3
-    rank = 3 if len(shape) >= 3 and not colour and shape[-1] != 1 else 2
-    rank = 3 if len(shape) == 4 else rank
+    rank = case_rank(shape)
+    colour = rank == 2 and len(shape) == 3 and shape[-1] == 3
     return ClassSurvey(
         path, flag if known else "", names, several, counts, {part: len(values) for part, values in images.items()},
         rank, Counter({tuple(shape[:rank]): sum(map(len, images.values()))}), not colour, (), False, tuple(problems),

@@ -16,7 +16,7 @@ from visattn.init.volume_grid import Levels
 from visattn.labels import Labels
 
 _SIDES = {2: 256, 3: 48}  # of the image that costs are computed for
-_PYRAMID = "va_pyramid"
+PYRAMID = "va_pyramid"
 _BACKBONES = {2: "va_pyramid_{size}", 3: "va_pyramid3d_{size}"}
 _BATCH = 2
 # Seconds of one core for each million pixels, fitted to the networks that were measured: for an operation of a
@@ -61,7 +61,7 @@ def network_for(
     if not wanted or wanted == Wanted(network=default):
         return choose_network(labels, machine, levels)
     arguments = wanted_arguments(wanted, 2 if levels is None else 3, machine)
-    if levels is not None and str(arguments.get("backbone", "")).startswith(_PYRAMID) and not levels.plain:
+    if levels is not None and str(arguments.get("backbone", "")).startswith(PYRAMID) and not levels.plain:
         steps = [list(step) for step in levels.strides[:4]]
         steps += [[1, 1, 1]] * (4 - len(steps))
         arguments["backbone_args"] = {**arguments.get("backbone_args", {}), "strides": steps}
@@ -117,30 +117,49 @@ def wanted_arguments(wanted: Wanted, rank: int, machine: Machine) -> dict[str, A
     if wanted.attention:
         if wanted.attention not in ATTENTION:
             raise unknown("attention", wanted.attention, ATTENTION)
-        if not backbone.startswith(_PYRAMID):
+        if not backbone.startswith(PYRAMID):
             raise UserError(
                 f"--attention {wanted.attention}: the blocks of '{backbone}' are its own; leave --backbone out for a "
                 f"pyramid of {wanted.attention}.\nIn the decoder of unet it is set by network.decoder in the recipe."
             )
-        mixer: str | dict[str, Any] = wanted.attention
-        if rank == 3 and mixer == "neighborhood":
-            mixer = {"name": mixer, "kernel_size": 5}  # as the pyramids of volumes have it: 7 would be 343 neighbours
-        arguments["backbone_args"] = {"attention": mixer}
+        arguments["backbone_args"] = {"attention": mixer_of(wanted.attention, rank)}
     return arguments
+
+
+def mixer_of(attention: str, rank: int) -> str | dict[str, Any]:
+    """The `attention` argument of a pyramid."""
+    if rank == 3 and attention == "neighborhood":
+        return {"name": attention, "kernel_size": 5}  # as the pyramids of volumes have it: 7 would be 343 neighbours
+    return attention
 
 
 @lru_cache(maxsize=16)
 def _cost(arguments: str, channels: int, classes: int, rank: int) -> tuple[float, float, tuple[float, float]]:
-    """Parameters, bytes that a step keeps for each pixel, and seconds of an image: fixed, and for a million pixels."""
     import ast
 
     from visattn.networks import create_model
-    from visattn.summary import summarise
 
     network = create_model(**ast.literal_eval(arguments), in_channels=channels, classes=classes)
-    shape = (channels, *(_SIDES[rank],) * rank)
+    parameters, kept, seconds = network_costs(network, channels, rank, _SIDES[rank])
+    return parameters, kept, (0.05, seconds + (_AUGMENT3D if rank == 3 else 0))
+
+
+def network_costs(network: Any, channels: int, rank: int, side: int) -> tuple[float, float, float]:
+    """Parameters, bytes that a step keeps for each pixel, and seconds of one core for a million pixels.
+
+    Args:
+        network: The module.
+        channels: Of the image.
+        rank: Spatial axes.
+        side: Of the image that is computed for.
+
+    Raises:
+        UserError: The network does not take such an image.
+    """
+    from visattn.summary import summarise
+
+    shape = (channels, *(side,) * rank)
     found = summarise(network, shape, _BATCH)
     pixels = math.prod(shape[1:])
     kept = max(found.step_bytes - 4 * found.trainable, 0) / (_BATCH * pixels)
-    seconds = _PER_FLOP * found.flops / pixels + _PER_BYTE * kept + (_AUGMENT3D if rank == 3 else 0)
-    return float(found.parameters), kept, (0.05, seconds)
+    return float(found.parameters), kept, _PER_FLOP * found.flops / pixels + _PER_BYTE * kept

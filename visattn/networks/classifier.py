@@ -91,6 +91,15 @@ def classifier_rank(network: nn.Module) -> int:
     return 3 if any(isinstance(module, nn.Conv3d) for module in network.modules()) else 2
 
 
+def classifier_side(name: str) -> int | None:
+    """Side of the square image that a model was made for; None where it does not say so, as those for volumes."""
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(name)
+    size = getattr(config, "input_size", None)
+    return int(size[-1]) if size else None
+
+
 def _explained(name: str, options: Mapping[str, Any], error: Exception) -> UserError:
     """What a model says of its arguments, with the nearest valid one where it does not know one."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
