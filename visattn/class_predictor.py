@@ -1,6 +1,6 @@
 """A trained classifier as a Python object: `visattn.load("best.ckpt").predict(image)`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from visattn.checkpoint import Checkpoint
 from visattn.data.class_preprocessing import fits, with_channels
 from visattn.data.images import read_image
-from visattn.errors import UserError
+from visattn.errors import UserError, unknown
+from visattn.inference import TTA, TestTimeAugmentation
+from visattn.inference3d import VIEWS
 from visattn.members import check_members, find_device, parse_classifier, place_networks
 from visattn.metrics.classes import choose_classes
 
@@ -47,32 +49,41 @@ class ClassPredictor:
         self.recipe = self.checkpoints[0].recipe
         self.networks: tuple[nn.Module, ...] = place_networks(self.checkpoints, self.device)
 
-    def predict(self, image: CaseLike) -> str | tuple[str, ...]:
+    def predict(self, image: CaseLike, tta: TestTimeAugmentation = "none") -> str | tuple[str, ...]:
         """The class of one image or volume; where it may have several, all that it has.
 
         Args:
             image: A path or PIL image is turned upright as its EXIF entry says. An array is uint8.
+            tta: `flips` averages over mirror images: four of an image, eight of a volume.
         """
-        chosen = choose_classes(self.predict_proba(image)[None], self.labels.multi_label)[0]
+        chosen = choose_classes(self.predict_proba(image, tta)[None], self.labels.multi_label)[0]
         names = tuple(name for name, there in zip(self.labels.names, chosen, strict=True) if there)
         return names if self.labels.multi_label else names[0]
 
-    def predict_proba(self, image: CaseLike) -> NDArray[np.float32]:
+    def predict_proba(self, image: CaseLike, tta: TestTimeAugmentation = "none") -> NDArray[np.float32]:
         """The probability of each class, (K,), in the order of `labels.names`."""
-        (shares,) = self.classify([self.preprocessing.prepare(self._as_array(image))])
+        (shares,) = self.classify([self.preprocessing.prepare(self._as_array(image))], tta)
         return np.asarray(shares)
 
     @torch.inference_mode()
-    def classify(self, prepared: Sequence[Tensor]) -> NDArray[np.float32]:
-        """Probabilities (B, K) of cases (C, *S) that went through `preprocessing.prepare`."""
+    def classify(self, prepared: Sequence[Tensor], tta: TestTimeAugmentation = "none") -> NDArray[np.float32]:
+        """Probabilities (B, K) of cases (C, *S) that went through `preprocessing.prepare`.
+
+        Raises:
+            UserError: There is no such `tta`.
+        """
+        views: Mapping[str, Sequence[tuple[int, ...]]] = TTA if self.preprocessing.rank == 2 else VIEWS
+        if tta not in views:
+            raise unknown("tta", tta, views)
         batch = torch.stack(list(prepared)).to(self.device)
         total: Tensor | None = None
         for network in self.networks:
-            logits = network(batch).float()
-            shares = logits.softmax(dim=1) if self.labels.activation == "softmax" else logits.sigmoid()
-            total = shares if total is None else total + shares
+            for axes in views[tta]:
+                logits = network(batch.flip(axes) if axes else batch).float()
+                shares = logits.softmax(dim=1) if self.labels.activation == "softmax" else logits.sigmoid()
+                total = shares if total is None else total + shares
         assert total is not None  # there is at least one network
-        return np.asarray((total / len(self.networks)).cpu().numpy(), np.float32)
+        return np.asarray((total / (len(self.networks) * len(views[tta]))).cpu().numpy(), np.float32)
 
     def _as_array(self, image: CaseLike) -> NDArray[np.uint8]:
         rank, channels = self.preprocessing.rank, self.preprocessing.in_channels

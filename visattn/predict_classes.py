@@ -23,7 +23,8 @@ from visattn.class_predictor import ClassPredictor
 from visattn.class_scored import BETWEEN
 from visattn.data.class_preprocessing import with_channels
 from visattn.data.images import read_image
-from visattn.errors import UserError
+from visattn.errors import UserError, unknown
+from visattn.inference import TTA, TestTimeAugmentation
 from visattn.members import find_device, parse_classifier, read_members
 from visattn.metrics.classes import choose_classes
 from visattn.predict_classes_plan import Arrays, ClassCase, plan_classes
@@ -54,6 +55,7 @@ def predict_classes(
     checkpoint: Path | str,
     output: Path | str,
     split: str | None = None,
+    tta: TestTimeAugmentation = "none",
     device: str = "auto",
     overwrite: bool = False,
     members: Sequence[Checkpoint] | None = None,
@@ -65,6 +67,7 @@ def predict_classes(
         checkpoint: What `visattn.load` takes.
         output: The folder.
         split: Of .npz files take train, val or test alone.
+        tta: `flips` averages over mirror images: four of an image, eight of a volume.
         device: `auto` (cuda, else mps, else cpu), `cpu`, `cuda` or `mps`.
         overwrite: Do finished cases again, and replace a table that visattn did not write.
         members: The checkpoints, if they were read before.
@@ -76,12 +79,14 @@ def predict_classes(
         UserError: Nothing could be started, or the disk is full. What was finished is kept and recorded.
     """
     output = Path(output)
+    if tta not in TTA:
+        raise unknown("tta", tta, TTA)
     place = find_device(device)
     members = tuple(members or read_members(checkpoint))
     labels, preprocessing = parse_classifier(members[0])
     cases = plan_classes([Path(given) for given in inputs], output, preprocessing.rank, split)
     with output_folder(output):
-        settings = {"weights": weights_of(members), "task": "classification", "rules": RULES}
+        settings = {"weights": weights_of(members), "task": "classification", "tta": tta, "rules": RULES}
         record = Record(
             output, settings, about(members, checkpoint, place), overwrite, _table(labels, preprocessing.rank)
         )
@@ -91,7 +96,7 @@ def predict_classes(
         tell_folds(members, checkpoint)
         with explained_end(output):
             record.start(todo)
-            failed = _Run(predictor, record, len(cases)).run(todo) if todo else 0
+            failed = _Run(predictor, record, len(cases), tta).run(todo) if todo else 0
             record.save()
         done = f"{len(todo) - failed} predicted"
         tell_end(output, record, done, len(cases) - len(todo), failed, [PREDICTIONS, MANIFEST], "predictions")
@@ -101,8 +106,11 @@ def predict_classes(
 class _Run:
     """One pass over the cases: read ahead, then a batch at a time."""
 
-    def __init__(self, predictor: ClassPredictor | None, record: Record, planned: int) -> None:
+    def __init__(
+        self, predictor: ClassPredictor | None, record: Record, planned: int, tta: TestTimeAugmentation
+    ) -> None:
         self.predictor, self.record, self.arrays = predictor, record, Arrays()
+        self.tta: TestTimeAugmentation = tta
         # By what the command names, not by what is left of it: a resumed run computes the same numbers.
         self.batch = min(_BATCH, planned)
         if predictor is not None:
@@ -168,7 +176,7 @@ class _Run:
         # Always a full batch: kernels are chosen by its size, and the last one must not differ for being short.
         padded = [*prepared, *([prepared[-1]] * (size - len(prepared)))]
         try:
-            return list(self.predictor.classify(padded)[: len(prepared)])
+            return list(self.predictor.classify(padded, self.tta)[: len(prepared)])
         except torch.OutOfMemoryError:
             if size == 1:
                 return [None]

@@ -1,6 +1,7 @@
 """Classifiers that predict: a table with the probability of every class."""
 
 import csv
+import itertools
 import json
 
 import numpy as np
@@ -207,9 +208,41 @@ def test_several_labels_and_python(tmp_path):
         single.predict(array.astype(np.float32))
 
 
+class Corner(nn.Module):
+    """Logits that depend on the first pixel or voxel alone, so that no two mirror images have the same."""
+
+    def __init__(self, in_channels=3, classes=3, pretrained=False):
+        super().__init__()
+        self.levels = nn.Parameter(torch.linspace(0, 1, classes))
+
+    def forward(self, x):
+        return -10 * (x.flatten(1)[:, :1] - self.levels).abs()
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_mirror_images_are_averaged(rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(visattn.networks.classifier, "create_classifier", lambda name, **given: Corner(**given))
+    checkpoint = write(tmp_path / "best.ckpt", rank=rank, channels=1)
+    path, images = arrays(tmp_path / "some.npz", rank=rank)
+    out = tmp_path / "out"
+    command = ["predict", str(path), "--checkpoint", str(checkpoint), "--output", str(out), "--split", "val"]
+    assert main(command) == 0
+    plain = probabilities(table(out)["val_00001"])
+    assert main([*command, "--tta", "flips"]) == 0, "a finished table is made anew when the setting changes"
+    image = images["val_images"][1]
+    corners = [image[place] for place in itertools.product((0, -1), repeat=rank)]
+    every = [(-10 * (float(value) / 255 - torch.linspace(0, 1, 3)).abs()).softmax(0).numpy() for value in corners]
+    np.testing.assert_allclose(plain, every[0], atol=1e-5)
+    np.testing.assert_allclose(probabilities(table(out)["val_00001"]), np.mean(every, axis=0), atol=1e-5)
+    predictor = visattn.load(checkpoint, device="cpu")
+    np.testing.assert_allclose(predictor.predict_proba(image, tta="flips"), np.mean(every, axis=0), atol=1e-5)
+    with pytest.raises(UserError, match="unknown tta"):
+        predictor.predict_proba(image, tta="turns")
+
+
 def test_options_for_masks_are_refused(tmp_path, capsys):
     checkpoint, image = write(tmp_path / "best.ckpt"), flat(tmp_path / "a.png", 0)
-    for option in (["--overlays"], ["--probabilities"], ["--threshold", "0.4"], ["--tta", "flips"], ["--bids"]):
+    for option in (["--overlays"], ["--probabilities"], ["--threshold", "0.4"], ["--bids"]):
         command = ["predict", str(image), "--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), *option]
         assert main(command) == 2
         assert f"{option[0]}: is for masks" in capsys.readouterr().err

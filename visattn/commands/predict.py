@@ -121,8 +121,6 @@ def _classify(options: argparse.Namespace, members: Any) -> int:
     for name in ("probabilities", "overlays", *_IMAGES, *_VOLUMES):
         if getattr(options, name) not in (None, False):
             raise UserError(f"--{name}: is for masks, but {options.checkpoint} tells classes.")
-    if options.tta != "none":
-        raise UserError(f"--tta: is for masks, but {options.checkpoint} tells classes.")
     from visattn.predict_classes import predict_classes
 
     return predict_classes(
@@ -130,6 +128,7 @@ def _classify(options: argparse.Namespace, members: Any) -> int:
         options.checkpoint,
         options.output,
         split=options.split,
+        tta=options.tta,
         device=options.device,
         overwrite=options.overwrite,
         members=members,
