@@ -30,7 +30,7 @@ LEVELS: list[set[str]] = [
         "runs",
         "space",
     },
-    {"blocks", "mask_files", "overlay3d", "postprocessing"},
+    {"blocks", "mask_files", "overlay3d", "postprocessing", "shadow"},
     {
         "backbones",
         "class_scored",

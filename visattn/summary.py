@@ -2,11 +2,11 @@
 
 Counted are the operations of matrix products, convolutions and attention, a multiplication and an addition as two
 (`torch.utils.flop_counter`); what works value by value is not. Memory is what tensors hold at the moment when most of
-them live, as the forward and the backward pass make and free them, in float32; the workspace of kernels, and what an
-allocator keeps, come on top. Attention is reckoned by its formula, of which a fused kernel may need less.
+them live, as the forward and the backward pass make and free them, in float32 or as under autocast, with attention by
+a fused kernel (`visattn.shadow`). The workspace of kernels, what the loss keeps beside a float32 copy of the maps, and
+what an allocator holds back come on top.
 """
 
-import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from visattn.errors import UserError
-
-MIXED = 0.6
-"""Share of the float32 bytes that a step in 16 bits keeps, as measured on an H200."""
+from visattn.shadow import as_on_gpu, backward, on_meta
 
 _FLOAT = 4
 _ADAM = 2  # moments for each weight
+_ADAM_STEP = 1  # numbers for each weight that its step makes and drops
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,7 @@ class Summary:
         weight_bytes: Of parameters and buffers.
         predict_bytes: Of all other tensors of a prediction for one image, at their most.
         step_bytes: Likewise of a step of training, the gradients of the weights included, without an optimiser.
+        mixed_step_bytes: The same in bf16-mixed.
     """
 
     input: tuple[int, ...]
@@ -75,17 +75,19 @@ class Summary:
     weight_bytes: int
     predict_bytes: int
     step_bytes: int
+    mixed_step_bytes: int
 
     @property
     def inference_memory(self) -> int:
         """Bytes of a prediction for one image."""
         return self.weight_bytes + self.predict_bytes
 
-    def training_memory(self, mixed: bool = False) -> float:
+    def training_memory(self, mixed: bool = False) -> int:
         """Bytes of a step of training with Adam; `mixed`: in 16 bits where that is exact enough."""
         gradients = _FLOAT * self.trainable
-        kept = max(self.step_bytes - gradients, 0) * (MIXED if mixed else 1)
-        return self.weight_bytes + gradients * (1 + _ADAM) + kept
+        passes = self.mixed_step_bytes if mixed else self.step_bytes
+        # Both passes are over, and their activations gone, when the optimiser's step needs its own.
+        return self.weight_bytes + gradients * _ADAM + max(passes, gradients * (1 + _ADAM_STEP))
 
 
 def summarise(network: nn.Module, shape: Sequence[int], batch: int = 2) -> Summary:
@@ -108,15 +110,14 @@ def summarise(network: nn.Module, shape: Sequence[int], batch: int = 2) -> Summa
         ]
         shadow.eval()
         image = torch.empty(1, *shape, device="meta")
-        with torch.no_grad(), FlopCounterMode(display=False) as counter, _Living(shadow, image) as predicting:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), as_on_gpu(), counter, _Living(shadow, image) as predicting:
             result = shadow(image)
         for handle in handles:
             handle.remove()
         shadow.train()
         images = torch.empty(batch, *shape, device="meta")
-        with _Living(shadow, images) as training:
-            maps = [each for each in tree_leaves(shadow(images)) if isinstance(each, Tensor)]
-            torch.stack([each.sum() for each in maps]).sum().backward()  # type: ignore[no-untyped-call]
+        step, mixed = (_step(shadow, images, kind) for kind in (None, torch.bfloat16))
     except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
         first = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -134,17 +135,21 @@ def summarise(network: nn.Module, shape: Sequence[int], batch: int = 2) -> Summa
         batch=batch,
         weight_bytes=sum(each.numel() * each.element_size() for each in [*parameters, *shadow.buffers()]),
         predict_bytes=predicting.most,
-        step_bytes=training.most,
+        step_bytes=step,
+        mixed_step_bytes=mixed,
     )
 
 
-def on_meta(network: nn.Module) -> nn.Module:
-    """A copy of `network` whose tensors have shapes and no storage."""
-    tensors = [*network.parameters(), *network.buffers()]
-    memo: dict[int, Any] = {id(each): each.detach().to("meta") for each in tensors}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(memo[id(parameter)], parameter.requires_grad)
-    return copy.deepcopy(network, memo)
+def _step(shadow: nn.Module, images: Tensor, kind: torch.dtype | None) -> int:
+    """Bytes of the forward and the backward pass at their most, products being computed in `kind`."""
+    with _Living(shadow, images) as training, as_on_gpu(kind) as leave:
+        maps = [each.float() for each in tree_leaves(shadow(images)) if isinstance(each, Tensor)]
+        leave()
+        backward(torch.stack([each.square().sum() for each in maps]).sum())
+        for parameter in shadow.parameters():
+            parameter.grad = None
+    most: int = training.most
+    return most
 
 
 def amount(number: float, unit: str) -> str:

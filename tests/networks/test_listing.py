@@ -76,11 +76,21 @@ def test_a_summary_counts_what_a_hand_counts():
     assert found.weight_bytes == weights
     assert found.predict_bytes == 4 * 48 * (4 + 5)  # both maps live when the second one is made
     assert found.inference_memory == weights + found.predict_bytes
-    # Kept for the backward pass: the first map. The last one is summed, and its gradient of ones then lives beside it.
-    assert found.step_bytes >= 3 * 4 * 48 * (4 + 5)
-    assert found.step_bytes < 3 * 4 * 48 * (4 + 5) * 2.5 + 2 * weights
-    assert found.training_memory() == pytest.approx(3 * weights + found.step_bytes)
-    assert found.training_memory(mixed=True) < found.training_memory()
+    # Kept for the backward pass: both maps. The last one's squares, doubles and gradient then come beside it.
+    first, last = 3 * 4 * 48 * 4, 3 * 4 * 48 * 5
+    assert 0 <= found.step_bytes - (first + 4 * last) < 2 * weights
+    # In 16 bits: the image and the first map by halves, and a copy of each weight; the loss stays in float32.
+    mixed = 3 * 2 * 48 * 2 + first // 2 + weights // 2 + 4 * last
+    assert 0 <= found.mixed_step_bytes - mixed < 2 * weights
+    assert found.training_memory() == 3 * weights + found.step_bytes
+    assert found.training_memory(mixed=True) == 3 * weights + found.mixed_step_bytes
+
+
+def test_where_weights_outweigh_maps_the_optimiser_counts():
+    found = summarise(nn.Sequential(nn.Flatten(), nn.Linear(300, 200, bias=False)), (3, 10, 10), batch=1)
+    weights = 4 * 300 * 200
+    assert weights < found.step_bytes < 2 * weights
+    assert found.training_memory() == 5 * weights, "weight, gradient, two moments, and what the step makes of them"
 
 
 def test_memory_grows_with_batch_and_size_and_weights_stay():

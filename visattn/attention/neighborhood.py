@@ -29,7 +29,7 @@ from visattn.attention._neighborhood_reference import neighborhood_reference
 from visattn.attention._neighborhood_tiles import neighborhood_tiles
 from visattn.attention._neighborhood_traced import neighborhood_traced
 from visattn.attention._neighborhood_windows import Axis, axes_of, bounds, check_fits
-from visattn.attention._precision import autocast_enabled, exact, without_autocast
+from visattn.attention._precision import autocast_enabled, autocast_type, exact, without_autocast
 from visattn.attention._windows import flat_index
 
 Backend = Literal["auto", "reference", "torch", "natten"]
@@ -169,7 +169,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """`neighborhood_attention` of checked tensors; a window larger than its axis is clipped to it."""
     if autocast_enabled(query.device) and query.dtype != torch.float64:
-        kind = torch.get_autocast_dtype(query.device.type)
+        kind = autocast_type(query.device)
         query, key, value = query.to(kind), key.to(kind), value.to(kind)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     unsupported = ""
