@@ -85,7 +85,7 @@ class DropPath(nn.Module):
         if not self.training:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        return x * x.new_empty([x.shape[0]] + [1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         """The setting shown by `repr`."""

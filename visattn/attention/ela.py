@@ -82,18 +82,24 @@ class EfficientLocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate `x` (B, *S, C), of two or three spatial axes; the same shape comes back."""
-        check.channels_last("EfficientLocalAttention", x, self.dim, self.supported_ranks)
-        rank = x.ndim - 2
+        # TorchScript cannot express the check.
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            check.channels_last("EfficientLocalAttention", x, self.dim, self.supported_ranks)
         for axis, gate in enumerate(self.gates(x)):
-            shape = [x.shape[0], *(1,) * axis, gate.shape[1], *(1,) * (rank - 1 - axis), self.dim]
-            x = x * gate.reshape(shape)
+            for other in range(1, x.ndim - 1):
+                if other != axis + 1:
+                    gate = gate.unsqueeze(other)
+            x = x * gate
         return x
 
     def gates(self, x: Tensor) -> list[Tensor]:
         """One gate (B, L, C) per spatial axis of `x`, between 0 and 1, in the dtype of `x`."""
-        rank = x.ndim - 2
-        strips = [x.mean(dim=[1 + other for other in range(rank) if other != axis]) for axis in range(rank)]
-        return [self._gate(strip.mT).mT.to(x.dtype) for strip in strips]
+        gates: list[Tensor] = []
+        for axis in range(1, x.ndim - 1):
+            others = list(range(1, x.ndim - 1))
+            others.remove(axis)
+            gates.append(self._gate(x.mean(others).mT).mT.to(x.dtype))
+        return gates
 
     def _gate(self, strip: Tensor) -> Tensor:
         """The gate of the averages `strip` (B, C, L)."""

@@ -41,8 +41,10 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The next map."""
         x = self.downsample(x)
-        again = self.grad_checkpointing and torch.is_grad_enabled()
-        x = checkpoint_seq(self.blocks, x) if again else self.blocks(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting() and torch.is_grad_enabled():  # type: ignore[attr-defined]
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
         return x
 
 
@@ -101,7 +103,7 @@ class Head(nn.Module):
         """Logits (B, N) of a map; without pooling a map of logits in the layout of `x`."""
         if self.pool:
             # In the map's own layout: behind a batch norm the gradient of a moved axis breaks torch.compile.
-            axes = tuple(range(1, x.ndim - 1)) if self.channels_last else tuple(range(2, x.ndim))
+            axes = list(range(1, x.ndim - 1)) if self.channels_last else list(range(2, x.ndim))
             x = x.mean(axes) if self.pool == "avg" else x.amax(axes)
         elif not self.channels_last:
             x = x.movedim(1, -1)
