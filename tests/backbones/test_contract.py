@@ -200,6 +200,16 @@ def test_maps(name, model):
     assert torch.equal(found[1], maps[2])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("whole", ["va_dinat_mini", "va_dinat_s_tiny", "va_medvit_tiny", "va_medvit_dina_tiny"])
+def test_sides_are_rounded_up_where_the_papers_do(whole):
+    network = timm.create_model(whole, features_only=True, in_chans=1).eval()
+    for height, width in [(32, 32), (45, 70)]:
+        maps = network(torch.randn(2, 1, height, width))
+        sizes = [(-(-height // step), -(-width // step)) for step in network.feature_info.reduction()]
+        assert [tuple(each.shape[2:]) for each in maps] == sizes
+
+
 @pytest.mark.slow
 def test_features_train_every_parameter(name):
     """Distributed training fails on a parameter that gets no gradient."""

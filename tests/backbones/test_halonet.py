@@ -18,27 +18,7 @@ def test_stored_outputs(golden, variant):
     case = golden("halonet", variant)
     model = visattn.load_official(f"va_{variant}", case.state_dict())
     assert sum(each.numel() for each in model.parameters()) == case.facts["parameters"]
-    found = {}
-    model.stem.register_forward_hook(lambda _module, _inputs, out: found.update(stem=out))
-    for index in case.cases:
-        with torch.no_grad():
-            last, maps = model.forward_intermediates(case.input(index))
-            found |= {f"stage{number}": each for number, each in enumerate(maps, 1)}
-            found["logits"] = model.forward_head(last)
-        assert set(found) == set(case.facts["cases"][index]["outputs"])
-        for key, value in found.items():
-            assert case.error(index, key, value) < 1, key
-
-
-def randomised(model):
-    """`model` with weights, tables and statistics that are all different from their beginning."""
-    generator = torch.Generator().manual_seed(1)
-    for key, value in model.state_dict().items():
-        if key.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif value.is_floating_point():
-            value += 0.05 * torch.randn(value.shape, generator=generator)
-    return model.double().eval()
+    case.check_backbone(model)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +32,7 @@ def randomised(model):
         pytest.param("haloregnetz_b", (448, 224), marks=SLOW),
     ],
 )
-def test_computes_what_timm_computes(name, size):
+def test_computes_what_timm_computes(randomised, name, size):
     reference = randomised(timm.create_model(name, num_classes=11))
     model = visattn.load_official(f"va_{name}", reference.state_dict()).double()
     assert model.num_classes == 11
@@ -104,7 +84,7 @@ def test_the_papers_networks_have_its_counts(name, millions, layers, image):
 
 
 @SLOW
-def test_h1_is_the_network_that_timm_drew_apart_from_its_heads():
+def test_h1_is_the_network_that_timm_drew_apart_from_its_heads(randomised):
     """timm's untrained halonet_h1 has 8 heads in the first stage too; nothing else differs."""
     reference = randomised(timm.create_model("halonet_h1", num_classes=5))
     plan = halonet.Stages(("HHH", "HHH", "H" * 10, "HHH"), (64, 128, 256, 512), (64, 128, 256, 512), halonet.Halo(8, 3))
@@ -136,7 +116,7 @@ def test_takes_any_size(name):
             assert all(each.isfinite().all() for each in maps)
 
 
-def test_border_is_as_in_a_larger_map():
+def test_border_is_as_in_a_larger_map(randomised):
     """A map that no block divides: its logits are those of attention over a map that goes on with zeros."""
     model = randomised(timm.create_model("va_halonet_h0", features_only=True)).model
     block = model.stages[0].blocks[0].branch.self_attn

@@ -26,28 +26,7 @@ def test_stored_outputs(golden, name, case, kwargs):
     case = golden("maxvit", f"maxvit_{case}")
     model = visattn.load_official(f"va_maxvit_{name}", case.state_dict(), **kwargs)
     assert sum(each.numel() for each in model.parameters()) == case.facts["parameters"]
-    found = {}
-    model.stem.register_forward_hook(lambda _module, _inputs, out: found.update(stem=out))
-    for index in case.cases:
-        with torch.no_grad():
-            last, maps = model.forward_intermediates(case.input(index))
-            found |= {f"stage{number}": each for number, each in enumerate(maps, 1)}
-            found["logits"] = model.forward_head(last)
-        assert set(found) == set(case.facts["cases"][index]["outputs"])
-        for key, value in found.items():
-            assert case.error(index, key, value) < 1, key
-
-
-def randomised(model):
-    """`model` with weights, tables and statistics that are all different from their beginning."""
-    generator = torch.Generator().manual_seed(1)
-    state = model.state_dict()
-    for key, value in state.items():
-        if key.endswith("running_var"):
-            value.uniform_(0.5, 1.5, generator=generator)
-        elif value.is_floating_point():
-            value += 0.05 * torch.randn(value.shape, generator=generator)
-    return model.eval()
+    case.check_backbone(model)
 
 
 @pytest.mark.parametrize(
@@ -65,14 +44,14 @@ def randomised(model):
         pytest.param("maxvit_rmlp_tiny_rw_256", 64, (64, 64), marks=SLOW),
     ],
 )
-def test_computes_what_timm_computes(name, img_size, size):
+def test_computes_what_timm_computes(randomised, name, img_size, size):
     reference = randomised(timm.create_model(name, img_size=img_size, num_classes=11))
     model = visattn.load_official(f"va_{name}", reference.state_dict(), img_size=img_size)
     assert model.num_classes == 11
     x = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         # In double precision: weights as random as these amplify rounding. timm's coordinates (rmlp) remain rounded.
-        expected, found = reference.double()(x), model.double()(x)
+        expected, found = reference(x), model.double()(x)
     assert (found - expected).abs().max() < 1e-7 * expected.abs().max()
 
 

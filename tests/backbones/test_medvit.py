@@ -137,17 +137,6 @@ def test_kan_of_the_described_form_sees_one_position():
         assert (touched(block, (8, 12)) == [(0, 0)]) is not scrambled
 
 
-@pytest.mark.parametrize("name", ["va_medvit_tiny", "va_medvit_dina_tiny"])
-def test_any_size(name):
-    network = timm.create_model(name, features_only=True, in_chans=1).eval()
-    for height, width in [(32, 32), (45, 70)]:
-        with torch.no_grad():
-            maps = network(torch.randn(2, 1, height, width))
-        sizes = [(-(-height // step), -(-width // step)) for step in network.feature_info.reduction()]
-        assert [tuple(each.shape[2:]) for each in maps] == sizes
-        assert [each.shape[1] for each in maps] == network.feature_info.channels()
-
-
 def test_sizes_of_the_official_code_only():
     network = timm.create_model("va_medvit_tiny", any_size=False, features_only=True, out_indices=(0,)).eval()
     for size, refused in [((97, 97), False), ((97, 103), False), ((96, 96), True), ((112, 97), True)]:

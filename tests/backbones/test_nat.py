@@ -135,14 +135,3 @@ def test_stem_of_the_third_family_pads_at_the_end():
     expected = torch.nn.functional.conv2d(padded, stem[1].weight, stem[1].bias, stride=4).permute(0, 2, 3, 1)
     with torch.no_grad():
         torch.testing.assert_close(stem(x), stem[3](expected))
-
-
-@pytest.mark.parametrize("name", ["va_dinat_mini", "va_dinat_s_tiny"])
-def test_any_size(name):
-    network = timm.create_model(name, features_only=True, in_chans=1).eval()
-    for height, width in [(32, 32), (45, 70)]:
-        with torch.no_grad():
-            maps = network(torch.randn(2, 1, height, width))
-        sizes = [(-(-height // step), -(-width // step)) for step in network.feature_info.reduction()]
-        assert [tuple(each.shape[2:]) for each in maps] == sizes
-        assert [each.shape[1] for each in maps] == network.feature_info.channels()

@@ -19,28 +19,14 @@ from torch import Tensor, nn
 
 from visattn.attention._windows import certain
 from visattn.blocks import Mlp, drop_path
-from visattn.errors import UserError
 
 _logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 Positions = Callable[[nn.Module], dict[str, str]]
 """Gives each `pos_embed` of a model with the prefix of an agent block on the same map."""
-SMALLEST = 32  # pixels of a side: the coarsest map is then one position
 LINES = {"ah_bias": 3, "aw_bias": 4, "ha_bias": 2, "wa_bias": 3}
 """Tables of an agent block with one value per row or column of the map, and the axis along which they run."""
-
-
-def image_size(img_size: int | Sequence[int]) -> Size:
-    """Height and width of `img_size`, one integer for both or two.
-
-    Raises:
-        UserError: It is neither, or too small.
-    """
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < SMALLEST for side in sides):
-        raise UserError(f"img_size must be one or two integers of at least {SMALLEST}, got {img_size!r}")
-    return sides[0], sides[1]
 
 
 @register_notrace_module  # attention chooses its way by sizes, which torch.fx cannot follow

@@ -1,6 +1,6 @@
 """How a family's builder becomes a model of timm: defaults, feature maps, and official weights by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -8,6 +8,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg
 from torch import nn
+
+from visattn.errors import UserError
+
+SMALLEST = 32  # pixels of a side: the coarsest map is then one position
 
 
 def config(first_conv: str, classifier: str = "head.fc", **overrides: Any) -> dict[str, Any]:
@@ -25,6 +29,18 @@ def config(first_conv: str, classifier: str = "head.fc", **overrides: Any) -> di
         "classifier": classifier,
         **overrides,
     }
+
+
+def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """Height and width of `img_size`, one integer for both or two.
+
+    Raises:
+        UserError: It is neither, or too small.
+    """
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < SMALLEST for side in sides):
+        raise UserError(f"img_size must be an integer of at least {SMALLEST}, or two of them (H, W), got {img_size!r}")
+    return sides[0], sides[1]
 
 
 def build(

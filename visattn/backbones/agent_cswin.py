@@ -23,9 +23,9 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention
-from visattn.backbones._agent import Block, Size, check_size, fit_official, fit_on_load, image_size, stage_positions
+from visattn.backbones._agent import Block, Size, check_size, fit_official, fit_on_load, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
-from visattn.backbones._build import build, config
+from visattn.backbones._build import build, config, image_size
 from visattn.backbones._cross_shaped import CrossShapedAttention
 from visattn.blocks import drop_path_rates, init_linear
 

@@ -31,12 +31,11 @@ from visattn.backbones._agent import (
     check_size,
     fit_official,
     fit_on_load,
-    image_size,
     position_table,
     resized_grid,
 )
 from visattn.backbones._backbone import Head, Indices, spare_tables, taken_indices
-from visattn.backbones._build import build, config
+from visattn.backbones._build import build, config, image_size
 from visattn.blocks import drop_path_rates, init_linear
 
 PATCH = 16

@@ -28,9 +28,9 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention, WindowAttention
-from visattn.backbones._agent import Block, Patches, Size, fit_official, fit_on_load, image_size, stage_positions
+from visattn.backbones._agent import Block, Patches, Size, fit_official, fit_on_load, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
-from visattn.backbones._build import build, config
+from visattn.backbones._build import build, config, image_size
 from visattn.blocks import PatchMerging, drop_path_rates, init_linear
 
 REDUCTIONS = (4, 8, 16, 32)

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 
 from visattn.attention import WindowAttention
 from visattn.backbones._backbone import Backbone, Head, Stage
-from visattn.backbones._build import build, config
+from visattn.backbones._build import build, config, image_size
 from visattn.backbones._maxvit_block import RW, TF, Block, Hidden, Lineage, Stem
 from visattn.backbones._residual import init_convolutions, layers
 from visattn.blocks import drop_path_rates
-from visattn.errors import UserError
 
 TABLE = "relative_position_bias_table"
 
@@ -73,10 +72,8 @@ def maxvit(
     Raises:
         UserError: `img_size` is no size, or too small.
     """
-    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 32 for side in sides):
-        raise UserError(f"img_size must be a whole number of at least 32, or two of them (H, W), got {img_size!r}")
-    partition = (sides[0] // 32, sides[1] // 32)
+    height, width = image_size(img_size)
+    partition = (height // 32, width // 32)
     rates = drop_path_rates(drop_path_rate, depths)
     inputs = [stem[1], *widths[:-1]]
     stages = []
