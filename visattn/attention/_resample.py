@@ -2,7 +2,7 @@
 
 Both are separable, so each is one small matrix per axis. Matrices built from sizes alone stay exact when nothing has
 to be resized (they are then the identity), take any rank, need no branch on the size, and cost less on the CPU than
-pooling and interpolating whole maps, forward and backward.
+interpolating whole maps, forward and backward.
 
 Legend: B batch, *S spatial axes, *T those of the result, C channels.
 """
@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.attention._windows import regroup
@@ -58,5 +59,8 @@ def resize_linear(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def pool(x: Tensor, size: Sequence[int]) -> Tensor:
     """`x` (B, *S, C) averaged over the cells of a grid of `size`: (B, *size, C)."""
+    if x.device.type == "cpu" and x.dim() == 4 and not torch.compiler.is_compiling():
+        # A quarter of the time; on a GPU its gradient would differ from run to run.
+        return F.adaptive_avg_pool2d(x.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
     weights = [average_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
     return along_axes(x, weights)

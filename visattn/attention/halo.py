@@ -189,7 +189,7 @@ class HaloAttention(nn.Module):
     def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor, Layout]:
         """Queries in blocks (B, N, Q, h, d), the padded map of keys and values, and which key lies where."""
         check.channels_last("HaloAttention", x, self.dim, (self.rank,))
-        sizes = x.shape[1:-1]
+        x, sizes = x.contiguous(), x.shape[1:-1]  # one copy for both projections
         counts = [room(count) for count in ceil_div(sizes, self.block_size)]
         queries = every(x, self.query_stride) if self.query_stride > 1 else x
         q = window_partition(pointwise(self.q, queries), self.query_block, counts)

@@ -54,6 +54,8 @@ class Residual(nn.Module):
 class ChannelsLast(nn.Module):
     """A channels-last block inside of a channels-first network.
 
+    What comes in channels-first memory leaves so: norms and sums of maps in two layouts are slow.
+
     Args:
         inner: (B, H, W, C) to (B, H', W', C').
     """
@@ -64,8 +66,8 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
-        out: Tensor = self.inner(x.movedim(1, -1))
-        return out.movedim(-1, 1)
+        out: Tensor = self.inner(x.movedim(1, -1)).movedim(-1, 1)
+        return out.contiguous() if x.is_contiguous() else out
 
 
 def conv(
