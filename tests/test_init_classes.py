@@ -128,9 +128,11 @@ def test_one_place_picks_the_network():
 def test_problems_are_listed_and_the_recipe_written(tmp_path, capsys):
     root = folders(tmp_path / "data")
     (root / "lobed" / "broken.png").write_text("no image")
+    Image.new("RGB", (40, 40)).save(root / "round" / "1a.jpg")
     assert main(["init", str(root), "--output", str(tmp_path / "r.yaml")]) == 1
     found = capsys.readouterr()
-    assert "1 problem to put right" in found.err
+    assert "2 problems to put right" in found.err
+    assert "1a.png: shares its name with 1a.jpg" in found.err
     assert "broken.png" in found.err
     assert (tmp_path / "r.yaml").is_file()
 

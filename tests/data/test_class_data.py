@@ -241,6 +241,33 @@ def test_bad_images_and_tables_are_told_together(folder):
         ImageFolder(str(folder.parent / "imagse")).setup()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty; its first line"),
+        ("image;label\na;b\n", "separates its columns by ';'"),
+        ("image,label\ncat/p0_0.png,cat\ncat/p1_2.png,cat\n", "all images of .* have the class 'cat'"),
+        ("image,label\ncat/p0_0.png,cat\ndog/p1.png,dog\ncat/p0_0.png,cat\n", "line 4: cat/p0_0.png stands in line 2"),
+        ("image,label\ncat/p0_0.png,cat\ncat/p0_0.png,dog\n", "with the label 'cat', and here with 'dog'"),
+        ("image,label\ncat/p0_0.png,cat|dog\ncat/p1_2.png,\n", "labels of several classes, as 'cat|dog'"),
+        ("image,label\ncat/p0_0.png,cat\ndog/gone.png,dog\n", "gone.png: no such file"),
+        ("image,label,part\ncat/p0_0.png,cat,training\n", "none of train, val, test"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_told(text, message, folder):
+    (folder / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        ImageFolder(str(folder / "t.csv")).setup()
+
+
+def test_blanks_around_the_names_of_columns_are_left_out(folder):
+    rows = [f"{name}/p{index // 2}_{index}.png, {name}" for name in ("cat", "dog") for index in range(6)]
+    (folder / "t.csv").write_text("\n".join([" image, label ", *rows]))
+    data = ImageFolder(str(folder / "t.csv"), split={"val": 0.3})
+    data.setup()
+    assert data.labels.names == ("cat", "dog")
+
+
 def test_the_centre_crop_keeps_the_shape_of_the_network():
     image = np.zeros((40, 80, 1), np.uint8)
     image[10:30, 30:50] = 255  # the middle 20 x 20

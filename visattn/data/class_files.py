@@ -58,15 +58,22 @@ def list_table(path: Path, multi_label: bool) -> tuple[list[Row], list[str]]:
         raise UserError(f"data.root: {path} is a file, but no .csv table of images")
     try:
         reader = csv.DictReader(io.StringIO(read_small(path).decode("utf-8-sig"), newline=""))
-        columns = [name for name in reader.fieldnames or () if name]
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        columns = [name for name in reader.fieldnames if name]
         table = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"data.root: cannot read {path}: {error}") from error
+    if not columns:
+        raise UserError(f"data.root: {path} is empty; its first line must name the columns image and label")
     for needed in _COLUMNS[:2]:
         if needed not in columns:
+            other = next((mark for mark in (";", "\t") if mark in "".join(columns)), None)
+            if other is not None:
+                raise UserError(f"data.root: {path} separates its columns by {other!r}; save it with commas")
             raise unknown(f"column, which {path} needs:", needed, columns)
     rows: list[Row] = []
     problems = []
+    lines: dict[Path, tuple[int, str]] = {}
     for line, row in enumerate(table, 2):
         file, text = (row["image"] or "").strip(), (row["label"] or "").strip()
         labels = tuple(part.strip() for part in text.split("|") if part.strip()) if multi_label else (text,)
@@ -76,6 +83,11 @@ def list_table(path: Path, multi_label: bool) -> tuple[list[Row], list[str]]:
             continue
         if part and part not in PARTS:
             problems.append(f"{path} line {line}: the part {part!r:.40} is none of {', '.join(PARTS)}")
+            continue
+        first, said = lines.setdefault(Path(file), (line, text))
+        if first != line:
+            what = "" if said == text else f" with the label {said!r:.60}, and here with {text!r:.60}"
+            problems.append(f"{path} line {line}: {file} stands in line {first} already{what}")
             continue
         name = Path(file).with_suffix("").as_posix()
         rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
@@ -91,10 +103,14 @@ def check_rows(rows: Sequence[Row], problems: Sequence[str]) -> None:
         UserError: There are some; the first ones are listed and the rest counted.
     """
     raise_problems(list(problems), len(rows) + len(problems))
+    raise_problems(twins(rows), len(rows))
+
+
+def twins(rows: Sequence[Row]) -> list[str]:
+    """Files whose names differ by the suffix alone, so that a case's name would not say which of them it is."""
     seen: dict[str, Path] = {}
-    twice = [
+    return [
         f"{file}: shares its name with {seen[name].name}; keep one of them"
         for name, file, *_ in rows
         if seen.setdefault(name, file) is not file
     ]
-    raise_problems(twice, len(rows))

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from visattn.class_labels import ClassLabels
 from visattn.data.cases import fingerprint_of, raise_problems
 from visattn.data.class_cases import LabelledCase
-from visattn.data.class_files import check_rows, list_folders, list_table
+from visattn.data.class_files import Row, check_rows, list_folders, list_table
 from visattn.data.class_module import ClassDataModule, read_statistics
 from visattn.data.class_phantom import PHANTOM_CLASSES, draw_phantom
 from visattn.data.class_preprocessing import ClassPreprocessing, read_size
@@ -108,8 +108,12 @@ class ImageFolder(ClassDataModule):
         if path.is_dir() and self.multi_label:
             raise UserError("data.multi_label: a folder is one class; images with several need a table (.csv) as root")
         rows, problems = list_table(path, self.multi_label) if path.is_file() else (list_folders(path, self.root), [])
+        if not self.multi_label:
+            _refuse_several(rows, self.root)
         check_rows(rows, problems)
         present = sorted({name for _, _, names, _, _ in rows for name in names})
+        if len(present) < 2 and not self.multi_label:
+            raise UserError(f"data.root: all images of {self.root} have the class '{present[0]}'; needs two at least")
         self._labels = ClassLabels.from_config(self._names or present, self.multi_label)
         index = {name: number for number, name in enumerate(self._labels.names)}
         for name in present:
@@ -168,6 +172,16 @@ class ImageFolder(ClassDataModule):
             results = list(pool.map(check, cases))
         raise_problems([problem for _, problem in results if problem], len(cases))
         return fingerprint_of((case.name, digest) for case, (digest, _) in zip(cases, results, strict=True))
+
+
+def _refuse_several(rows: Sequence[Row], root: str) -> None:
+    """Labels of a table for images with several classes would silently become classes of their own."""
+    several = next((label for row in rows for label in row[2] if "|" in label), None)
+    if several is not None and Path(root).suffix.lower() == ".csv":
+        raise UserError(
+            f"data.multi_label: {root} has labels of several classes, as {several!r:.80}.\n"
+            "Set multi_label: true (then an image may also have none), or take another sign than |."
+        )
 
 
 def _refuse_parted(cases: Sequence[LabelledCase]) -> None:

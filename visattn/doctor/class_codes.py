@@ -4,7 +4,7 @@ ERRORS = {
     "one-class": ("fewer than two classes have images, so there is nothing to learn", "Add images of another class."),
     "missing-file": ("image that the table names and that is not there", "Correct the path, or copy the image there."),
     "table-line": (
-        "line of the table without image or label, or with an unknown part, which training refuses",
+        "line that training refuses: without image or label, with an unknown part, or of an image named before",
         "Complete the line, or remove it.",
     ),
     "class-unknown": (

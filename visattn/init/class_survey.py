@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from visattn.data.class_files import Row, list_folders, list_table
+from visattn.data.class_files import Row, list_folders, list_table, twins
 from visattn.data.medmnist_file import case_rank, count_classes, flag_of, read_arrays
 from visattn.data.medmnist_flags import FLAGS, MULTI_LABEL
 from visattn.errors import UserError
@@ -113,7 +113,7 @@ def _files(path: Path, root: Path) -> ClassSurvey:
         for one in pool.map(look, rows):
             facts.append(one)
             bar.advance()
-    problems += [one.error for one in facts if one.error]
+    problems += [*twins(rows), *(one.error for one in facts if one.error)]
     usable = [row for row, one in zip(rows, facts, strict=True) if not one.error]
     counts = Counter(label for row in usable for label in row[2])
     return ClassSurvey(
