@@ -13,7 +13,7 @@ from torch import nn
 import visattn.networks.features as features
 from visattn.errors import UserError
 from visattn.networks import create_model
-from visattn.weights import OFFICIAL, load_official, read_weights, unwrap
+from visattn.weights import OFFICIAL, load_official, official_backbones, read_weights, unwrap
 
 
 class Payload:
@@ -102,6 +102,9 @@ def test_files_that_hold_something_else(tmp_path):
         {"module.a": torch.ones(1)},
         {"_orig_mod.module.a": torch.ones(1)},
         {"a": torch.ones(1).numpy()},
+        {"epoch": 1, "model_ema": {"module.a": torch.ones(1)}},
+        {"state_dict_ema": {"a": torch.ones(1)}, "epoch": 1},
+        {"model_ema": {"a": torch.zeros(1)}, "model": {"a": torch.ones(1)}},
     ],
 )
 def test_wrappings(wrapped):
@@ -119,6 +122,25 @@ def test_official_names_are_checked_and_paths_accepted(tmp_path):
     with pytest.raises(UserError, match=r"missing: resnet\.conv1\.0\.weight"):
         load_official("pranet", tmp_path / "w.pth")
     assert set(OFFICIAL) == {"agunet", "att_swin_unet", "daunet", "pranet"}
+
+
+def test_the_classifier_may_be_left_out():
+    """A backbone without classes takes a checkpoint that has them, checked like any other entry."""
+    plan = {"dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}
+    model = timm.create_model("va_nat_mini", num_classes=3, **plan).eval()
+    state = {official_backbones()["va_nat_mini"].official_name(key): value for key, value in model.state_dict().items()}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x), pre_logits=True)
+        assert torch.equal(load_official("va_nat_mini", state, num_classes=0, **plan)(x), features)
+    maps = load_official("va_nat_mini", state, num_classes=0, features_only=True, **plan)
+    assert len(maps(x)) == 4
+    for wrong in (torch.ones(2), torch.tensor(1.0)):
+        for settings in ({}, {"num_classes": 0}, {"features_only": True}):
+            with pytest.raises(UserError, match=r"head\.weight"):
+                load_official("va_nat_mini", {**state, "head.weight": wrong}, **settings, **plan)
+    with pytest.raises(UserError, match=r"unexpected: head\.scale"):
+        load_official("va_nat_mini", {**state, "head.scale": torch.ones(1)}, num_classes=0, **plan)
 
 
 # Backbones from a file

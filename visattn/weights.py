@@ -38,7 +38,8 @@ Modules are named, not imported, because networks themselves import this file to
 """
 
 _FORMATS = (struct.error, zipfile.BadZipFile)  # what readers of binary formats raise besides
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net")
+# In this order: where a file holds weights and their moving average, the weights are taken.
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
 
 
@@ -47,9 +48,10 @@ def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwarg
 
     Args:
         name: A key of `OFFICIAL`, or a registered backbone (`va_...`) that has official weights.
-        state_dict: The authors' state dict, also wrapped as `{"state_dict": ...}` or `{"model": ...}` or with every key
-            under `module.`; or the path of a file that holds it.
+        state_dict: The authors' state dict, also wrapped as `{"state_dict": ...}`, `{"model": ...}` or, if it is all
+            there is, `{"model_ema": ...}`, or with every key under `module.`; or the path of a file that holds it.
         kwargs: Arguments of the network, as for `visattn.create_model`, or of the backbone, as for `timm.create_model`.
+            With `num_classes=0` or `features_only=True` the classifier in the checkpoint is left out.
 
     Raises:
         UserError: An entry is missing, unexpected or of another shape; the message names it.
@@ -68,13 +70,16 @@ def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwarg
 def backbone_arguments(name: str, official: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """What rebuilds the backbone `name` for a checkpoint: what its entries tell, overruled by what is `given`."""
     family: Any = official_backbones()[name]
-    found: dict[str, Any] = {}
-    classifier = family.official_name("head.fc.weight")
-    if classifier in official:
-        found["num_classes"] = len(official[classifier])
+    found = _classes(family, official)
     if hasattr(family, "arguments"):
         found |= family.arguments(official)
     return {**found, **given}
+
+
+def _classes(family: Any, official: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`num_classes` as the classifier in a checkpoint has it; nothing if there is none."""
+    weight = official.get(family.official_name("head.fc.weight"))
+    return {} if weight is None or weight.ndim == 0 else {"num_classes": len(weight)}
 
 
 def official_backbones() -> dict[str, ModuleType]:
@@ -97,9 +102,11 @@ def _official_backbone(name: str, family: Any, official: dict[str, Tensor], kwar
     model = timm.create_model(name, pretrained=False, **kwargs)
     net: nn.Module = model.model if kwargs.get("features_only") else model  # type: ignore[assignment]
     unused = dict(family.unused(net))
-    if kwargs.get("features_only"):
-        # What a model of maps leaves out, its head and the stages behind the last map, the checkpoint may hold.
+    if kwargs.get("features_only") or kwargs.get("num_classes") == 0:
+        # What a model of maps leaves out, its head and the stages behind the last map, the checkpoint may hold; and so
+        # the classifier that a model without classes leaves out.
         arguments = {key: value for key, value in kwargs.items() if key not in ("features_only", "out_indices")}
+        arguments |= _classes(family, official)
         with torch.device("meta"):
             whole = timm.create_model(name, pretrained=False, **arguments)
         own = net.state_dict()

@@ -130,6 +130,19 @@ def test_later_form_takes_convolutions_as_linear_layers():
         visattn.load_official("va_biformer_stl_nchw", stored, **tiny)
 
 
+def test_convolutions_begin_as_torchs():
+    """Linear layers begin at std 0.02; the 1x1 convolutions of the later form, linear layers here, do not."""
+    tiny = {"depths": (1, 1, 1, 1), "widths": (32, 64, 96, 128)}
+    torch.manual_seed(0)
+    for name, std in (("va_biformer_stl", 0.02), ("va_biformer_stl_nchw", (3 * 128) ** -0.5)):
+        model = timm.create_model(name, **tiny)
+        mlp = model.stages[3].blocks[0].mlp
+        assert mlp.fc1.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert bool(mlp.fc1.bias.any()) is ("nchw" in name)
+        assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert model.stages[3].blocks[0].attn.lepe.weight.std().item() == pytest.approx((3 * 25) ** -0.5, rel=0.1)
+
+
 def test_sizes():
     tiny = {"depths": (1, 1, 1, 1), "widths": (32, 64, 96, 128), "num_classes": 5}
     model = timm.create_model("va_biformer_tiny", **tiny, features_only=True).eval()

@@ -136,6 +136,13 @@ def test_wrong_weights_are_refused():
         visattn.load_official("va_sehalonet33ts", {**state, "stages.0.blocks.0.conv1_1x1.conv.bias": torch.ones(1)})
 
 
+@pytest.mark.parametrize("name", ["halonet26t", "halonet50ts", "sehalonet33ts", "haloregnetz_b"])
+def test_images_are_prepared_as_in_timm(name):
+    ours, theirs = timm.get_pretrained_cfg(f"va_{name}"), timm.get_pretrained_cfg(name)
+    for key in ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes", "first_conv"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+
+
 @SLOW
 def test_norms_begin_as_in_timm():
     model, reference = timm.create_model("va_haloregnetz_b"), timm.create_model("haloregnetz_b")

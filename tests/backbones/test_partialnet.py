@@ -88,6 +88,11 @@ def test_a_single_position_trains():
     assert all(each.grad.isfinite().all() for each in model.parameters())
 
 
+def test_images_are_cropped_as_in_the_authors_test():
+    config = timm.get_pretrained_cfg("va_partialnet_s")
+    assert (config.crop_pct, config.interpolation) == (0.9, "bicubic")
+
+
 def test_errors():
     with pytest.raises(UserError, match="depths"):
         timm.create_model("va_partialnet_t0", depths=(1, 2))

@@ -269,6 +269,8 @@ def biformer(
         channels_last=True,
         map_norms=[nn.LayerNorm(width, eps=EPS) for width in widths] if extra_norms else None,
     )
+    if form == "stl_nchw":
+        return network  # only the classifier is a linear layer there: convolutions keep torch's initialisation
     return network.apply(init_linear)
 
 

@@ -215,7 +215,7 @@ _REGNETZ = {"first_conv": "stem.conv", "mean": IMAGENET_INCEPTION_MEAN, "std": I
 
 default_cfgs = generate_default_cfgs(
     {
-        "va_halonet26t": _config(256),
+        "va_halonet26t": _config(256, crop_pct=0.95),
         "va_halonet50ts": _config(256, crop_pct=0.94),
         "va_sehalonet33ts": _config(256, crop_pct=0.94),
         "va_haloregnetz_b": _config(224, crop_pct=0.94, **_REGNETZ),

@@ -259,7 +259,7 @@ def arguments(official: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-_CFG = config("stem.conv")
+_CFG = config("stem.conv", crop_pct=0.9)  # as in the authors' test
 _PLANS: dict[str, dict[str, Any]] = {
     "t0": {"act": "gelu"},
     "t1": {"embed_dim": 48, "act": "gelu", "pat_sp": True, "drop_path_rate": 0.02},
