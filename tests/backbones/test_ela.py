@@ -154,3 +154,15 @@ def test_mistakes_are_explained():
     official = {mobilenetv2_ela.official_name(key): value for key, value in state.items()}
     with pytest.raises(UserError, match=r"wrong: features\.2\.conv\.6\.conv\.weight is"):
         visattn.load_official("va_mobilenetv2_ela_l", {**official, "features.2.conv.6.conv.weight": torch.ones(2)})
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.script is deprecated, and warns of type hints
+@pytest.mark.parametrize("name", ["va_mobilenetv2_ela_l", "va_resnet18_ela_l"])
+def test_torchscript_compiles_it(name):
+    """The only families that it can compile: timm's checks of it are in force for these."""
+    with timm.set_scriptable(True):
+        model = timm.create_model(name, num_classes=3).eval()
+    scripted = torch.jit.script(model)
+    x = torch.randn(2, 3, 33, 46)
+    with torch.no_grad():
+        assert torch.equal(scripted(x), model(x))
