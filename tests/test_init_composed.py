@@ -9,7 +9,7 @@ from visattn.cli import main
 from visattn.data.phantom import write_phantom
 from visattn.data.phantom_hippocampus import write_hippocampi
 from visattn.errors import UserError
-from visattn.init.budget import choose_network
+from visattn.init.budget import choose_network, plan_budget
 from visattn.init.composed import Wanted, _cost, network_for, wanted_arguments
 from visattn.init.machine import Machine
 from visattn.init.volume_grid import plan_levels
@@ -124,6 +124,34 @@ def test_computed_costs_agree_with_measured_ones():
         assert parameters == pytest.approx(measured.parameters, rel=0.1), name
         assert kept == pytest.approx(measured.pixel_bytes, rel=0.6), name
         assert seconds == pytest.approx(measured.seconds[1], rel=0.5), name
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--network", "att_swin_unet"], 224),  # it pads smaller images to 224, so that windows fill every map
+        (["--backbone", "eva02_tiny_patch14_224"], 224),  # patches of 14 in multiples of 32
+        (["--backbone", "coatnet_pico_rw_224"], 224),  # takes nothing else
+    ],
+)
+def test_the_size_is_one_that_the_network_does_not_pad(nuclei, tmp_path, words, expected):
+    tree = written(nuclei, tmp_path / "r.yaml", *words)
+    size = tree["data"]["init_args"]["size"]
+    assert size == expected
+    network = create_model(**tree["model"]["init_args"]["network"])
+    assert network.padded_size((size, size)) == (size, size)
+    text = (tmp_path / "r.yaml").read_text()
+    reason = "the network takes no other size" if "coatnet" in words[1] else "the least that the network does not pad"
+    assert reason in text
+
+
+def test_large_images_get_the_nearest_size_without_padding():
+    windows = Wanted(backbone="maxvit_rmlp_pico_rw_256")  # of timm; ours masks what windows do not fill
+    network = network_for(LABELS, GPU, 3, None, windows)
+    assert (network.multiple, network.smallest, network.only) == (256, 256, None)
+    sizes = {side: plan_budget(network, GPU, [(side, side)], 100, 10).size for side in (100, 300, 390, 2000)}
+    assert sizes == {100: (256, 256), 300: (256, 256), 390: (512, 512), 2000: (512, 512)}
+    assert all(side % 256 == 0 for side in plan_budget(network, GPU, [(300, 600)], 100, 10).size)
 
 
 def test_nothing_wanted_is_the_default():

@@ -43,6 +43,9 @@ class Network:
         parameters: Number of parameters.
         pixel_bytes: Memory for each pixel of an image, or voxel of a volume, in training, in bytes.
         seconds: Time of one image in training on one core: fixed, and for each megapixel or million voxels.
+        multiple: What sides of images must be multiples of, or the network pads them.
+        smallest: The shortest side that it does not pad.
+        only: Side of the only square that it takes; None: it takes any size.
     """
 
     title: str
@@ -51,6 +54,9 @@ class Network:
     parameters: float
     pixel_bytes: float
     seconds: tuple[float, float]
+    multiple: int = MULTIPLE
+    smallest: int = SMALLEST
+    only: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Budget:
     """What fits.
 
     Args:
-        size: Height and width for the network, multiples of 32.
+        size: Height and width for the network, which it does not pad.
         batch: Images in a step.
         accumulate: Steps whose gradients are added up before the weights change.
         epochs: Passes over the training images.
@@ -150,8 +156,9 @@ def plan_budget(
         sizes: Height and width of every image.
         training: Number of training images.
         validation: Number of validation images.
-        only: Side of the only square that the network takes; None: it takes any size.
+        only: As the network's, where a classifier's is known here alone.
     """
+    only = only or network.only
     # Four steps an epoch at least, but no batch so small that its norms are noise, unless the data set is.
     wanted = min(BATCH, max(4 if training >= 8 else 2, _power(training // 4)))
     native, aspect, shape = _shape([(only, only)] if only else sizes)
@@ -159,8 +166,8 @@ def plan_budget(
         return _cpu_budget(network, machine, sizes, wanted, training, validation, only)
     room = gpu_room(network, machine)
     cap = next(side for least, side in _GPU_SIDES if machine.gpu_memory >= least)
-    for side in [only] if only else _sides(min(native, cap)):
-        size = (only, only) if only else _size(side, aspect)
+    for side in [only] if only else _sides(min(native, cap), network):
+        size = (only, only) if only else _size(side, aspect, network)
         image = network.pixel_bytes * size[0] * size[1]
         fits = int(room / image)
         if fits >= min(wanted, 4):
@@ -173,7 +180,7 @@ def plan_budget(
     image_seconds = _GPU_SECONDS[0] / batch + _GPU_SECONDS[1] * size[0] * size[1] / 1e6
     seconds = epochs * (training * image_seconds + validation * (_VALIDATION[1] * image_seconds + _VALIDATION[0]))
     why = {
-        "size": ONLY if only else _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "size": ONLY if only else _size_reason(native, shape, limit, side, network),
         "batch": f"what fits into {machine.gpu_memory_text}" if batch < wanted else _batch_reason(batch, training),
         "epochs": f"{epochs * training} images seen in all, {_steps(epochs, training, batch, accumulate)} steps",
     }
@@ -198,8 +205,8 @@ def _cpu_budget(
         step = network.seconds[0] + network.seconds[1] * size[0] * size[1] / 1e6
         return (training * step + validation * (_VALIDATION[1] * step + _VALIDATION[0])) / speed
 
-    for side in [only] if only else _sides(min(native, _CPU_SIDE)):
-        size = (only, only) if only else _size(side, aspect)
+    for side in [only] if only else _sides(min(native, _CPU_SIDE), network):
+        size = (only, only) if only else _size(side, aspect, network)
         if epochs * seconds(size) <= CPU_SECONDS or side <= 96:
             break
     affordable = max(1, int(CPU_SECONDS / seconds(size)))
@@ -210,7 +217,7 @@ def _cpu_budget(
     else:
         limit = f"more takes long on {machine.described}; thin or small things need a GPU"
     why = {
-        "size": ONLY if only else _size_reason(native, shape, limit if side < native - MULTIPLE / 2 else ""),
+        "size": ONLY if only else _size_reason(native, shape, limit, side, network),
         "batch": _batch_reason(batch, training),
         "epochs": f"about {duration(epochs * seconds(size))}, {_steps(epochs, training, batch, 1)} steps: {enough}",
     }
@@ -249,12 +256,12 @@ def _shape(sizes: Sequence[tuple[int, int]]) -> tuple[float, float, str]:
     return side, 1.0 if 0.9 < middle < 1.1 else middle, "the images' shape"
 
 
-def _sides(start: float) -> range:
-    return range(max(SMALLEST, _round(start)), SMALLEST - 1, -MULTIPLE)
+def _sides(start: float, network: Network) -> range:
+    return range(_round(start, network), network.smallest - 1, -network.multiple)
 
 
-def _size(side: float, aspect: float) -> tuple[int, int]:
-    return max(SMALLEST, _round(side / math.sqrt(aspect))), max(SMALLEST, _round(side * math.sqrt(aspect)))
+def _size(side: float, aspect: float, network: Network) -> tuple[int, int]:
+    return _round(side / math.sqrt(aspect), network), _round(side * math.sqrt(aspect), network)
 
 
 def _whole(epochs: float) -> int:
@@ -267,16 +274,19 @@ def _power(number: int) -> int:
     return 1 << max(0, number.bit_length() - 1) if number > 0 else 1
 
 
-def _round(side: float) -> int:
-    return MULTIPLE * math.floor(side / MULTIPLE + 0.5)
+def _round(side: float, network: Network) -> int:
+    """The side nearest to `side` that the network does not pad."""
+    return max(network.smallest, network.multiple * math.floor(side / network.multiple + 0.5))
 
 
 def _steps(epochs: int, training: int, batch: int, accumulate: int) -> int:
     return epochs * max(1, training // batch // accumulate)
 
 
-def _size_reason(native: float, shape: str, limit: str) -> str:
-    if not limit:
+def _size_reason(native: float, shape: str, limit: str, side: int, network: Network) -> str:
+    if native < side - network.multiple / 2:
+        return f"the least that the network does not pad; half of the images have less; {shape}"
+    if side >= native - network.multiple / 2:
         return f"about as large as the images; {shape}"
     return f"half of the images have more than {native:.0f} x {native:.0f} pixels, but {limit}; {shape}"
 

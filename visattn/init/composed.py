@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from visattn.errors import UserError, unknown
-from visattn.init.budget import Network, choose_network
+from visattn.init.budget import MULTIPLE, SMALLEST, Network, choose_network
 from visattn.init.machine import Machine
 from visattn.init.volume_grid import Levels
 from visattn.labels import Labels
@@ -19,6 +19,7 @@ _SIDES = {2: 256, 3: 48}  # of the image that costs are computed for
 PYRAMID = "va_pyramid"
 _BACKBONES = {2: "va_pyramid_{size}", 3: "va_pyramid3d_{size}"}
 _BATCH = 2
+_LARGEST = 4096  # side of an image
 # Seconds of one core for each million pixels, fitted to the networks that were measured: for an operation of a
 # prediction and for a byte that a step keeps, a pixel; and what augmentation of volumes takes.
 _PER_FLOP, _PER_BYTE, _AUGMENT3D = 2.5e-5, 1.25e-3, 1.2
@@ -69,8 +70,10 @@ def network_for(
     if "strides" in arguments.get("backbone_args", {}):
         why += "; strides follow the voxels' shape"
     title = arguments["name"] + (f" with {wanted.attention} attention" if wanted.attention else "")
-    parameters, kept, seconds = _cost(repr(arguments), channels, labels.channels, 2 if levels is None else 3)
-    return Network(title, arguments, why, parameters, kept, seconds)
+    rank = 2 if levels is None else 3
+    parameters, kept, seconds = _cost(repr(arguments), channels, labels.channels, rank)
+    sides = _sides(_built(repr(arguments), channels, labels.channels)) if rank == 2 else {}
+    return Network(title, arguments, why, parameters, kept, seconds, **sides)
 
 
 def wanted_arguments(wanted: Wanted, rank: int, machine: Machine) -> dict[str, Any]:
@@ -133,14 +136,37 @@ def mixer_of(attention: str, rank: int) -> str | dict[str, Any]:
     return attention
 
 
-@lru_cache(maxsize=16)
-def _cost(arguments: str, channels: int, classes: int, rank: int) -> tuple[float, float, tuple[float, float]]:
+@lru_cache(maxsize=2)
+def _built(arguments: str, channels: int, classes: int) -> Any:
+    """The network itself; building one takes longer than all that is asked of it."""
     import ast
 
     from visattn.networks import create_model
 
-    network = create_model(**ast.literal_eval(arguments), in_channels=channels, classes=classes)
-    parameters, kept, seconds = network_costs(network, channels, rank, _SIDES[rank])
+    return create_model(**ast.literal_eval(arguments), in_channels=channels, classes=classes)
+
+
+def _sides(network: Any) -> dict[str, int]:
+    """Which squares a network for images does not pad: `multiple` and `smallest` of their sides, or the `only` one.
+
+    What has windows of eight pixels in maps a 32nd as large, for one, wants multiples of 256.
+    """
+    if not hasattr(network, "padded_size"):  # networks of convolutions, which multiples of 32 suit
+        return {}
+    try:
+        network.padded_size((_LARGEST,) * 2)
+    except UserError:
+        return {"only": int(network.padded_size((1, 1))[0])}
+    sides = (side for side in range(MULTIPLE, _LARGEST, MULTIPLE) if network.padded_size((side, side)) == (side, side))
+    first, second = next(sides), next(sides)
+    return {"multiple": second - first, "smallest": math.ceil(SMALLEST / first) * first}
+
+
+@lru_cache(maxsize=16)
+def _cost(arguments: str, channels: int, classes: int, rank: int) -> tuple[float, float, tuple[float, float]]:
+    network = _built(arguments, channels, classes)
+    only = _sides(network).get("only") if rank == 2 else None
+    parameters, kept, seconds = network_costs(network, channels, rank, only or _SIDES[rank])
     return parameters, kept, (0.05, seconds + (_AUGMENT3D if rank == 3 else 0))
 
 

@@ -14,7 +14,7 @@ leaves open how the two maps combine; the mean keeps rows that sum to 1.
 
 Deviations: the official code takes 224x224 only and crashes in its cross-contextual mode (an attribute is missing).
 Here images are padded with zeros at the bottom and on the right, to `img_size` at least and to multiples of 32; a
-window that a map does not fill is masked.
+window that a map does not fill is masked, and a map one window wide along one axis is shifted along the other alone.
 
 Legend: B batch, H W rows and columns of a map, C channels, K classes.
 """
@@ -227,6 +227,11 @@ class AttSwinUNet(nn.Module):
         self.decoder = Decoder(classes, rates, fusion, cross_levels, variant)
         self.apply(init_linear)
 
+    def padded_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The size that images of the spatial `size` are padded to: `img_size` at least, and multiples of 32."""
+        multiple = PATCH * 2 ** (len(WIDTHS) - 1)
+        return tuple(-(-max(have, want) // multiple) * multiple for have, want in zip(size, self.img_size, strict=True))
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K, H, W) of images (B, in_channels, H, W), normalised; any size."""
         if x.ndim != 4:
@@ -235,8 +240,7 @@ class AttSwinUNet(nn.Module):
         wanted = self.encoder.patch_embed.proj.in_channels
         if x.shape[1] == 1 and wanted == 3:
             x = x.expand(-1, 3, -1, -1)
-        x = pad_to_multiple(x, [max(have, want) for have, want in zip(size, self.img_size, strict=True)])
-        x = pad_to_multiple(x, PATCH * 2 ** (len(WIDTHS) - 1))
+        x = pad_to_multiple(x, self.padded_size(size))
         x, skips, inputs = self.encoder(x)
         guides: dict[int, list[tuple[SwinBlock, Tensor]]] = {}
         if self.variant == "paper":

@@ -1,5 +1,6 @@
 """A backbone and a head make a segmentation network. The only file that sees both."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -28,6 +29,14 @@ class SegmentationNet(nn.Module):
         self.head = head
         self.output_names: tuple[str, ...] = tuple(getattr(head, "output_names", ("logits",)))
 
+    def padded_size(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The size that images of the spatial `size` are padded to.
+
+        Raises:
+            UserError: The backbone takes one size only, and the image is larger.
+        """
+        return self.backbone.padded_size(size)
+
     def forward(self, x: Tensor) -> Any:
         """Logits.
 
@@ -45,7 +54,7 @@ class SegmentationNet(nn.Module):
             axes = "(B, C, H, W)" if self.backbone.dims == 2 else "(B, C, D, H, W)"
             raise ValueError(f"expected images {axes}, got {tuple(x.shape)}")
         sizes = tuple(x.shape[2:])
-        padded = self.backbone.padded_size(sizes)
+        padded = self.padded_size(sizes)
         if padded != sizes:
             missing = [goal - size for goal, size in zip(padded, sizes, strict=True)]
             x = F.pad(x, [each for end in reversed(missing) for each in (0, end)])
