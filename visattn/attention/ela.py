@@ -85,21 +85,40 @@ class EfficientLocalAttention(nn.Module):
         # TorchScript cannot express the check.
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             check.channels_last("EfficientLocalAttention", x, self.dim, self.supported_ranks)
-        for axis, gate in enumerate(self.gates(x)):
-            for other in range(1, x.ndim - 1):
-                if other != axis + 1:
-                    gate = gate.unsqueeze(other)
-            x = x * gate
-        return x
+        # All sums run in the order of memory: a convolutional network's map is a view of channels-first memory.
+        first = 1 if x.is_contiguous() else 2
+        maps = x if first == 1 else x.movedim(-1, 1)
+        for axis, gate in enumerate(self._gates(maps, first)):
+            for other in range(x.ndim - 2):
+                if other != axis:
+                    gate = gate.unsqueeze(first + other)
+            # What the first factor made is ours to change, unless its gradient needs it.
+            maps = maps * gate if axis == 0 or torch.is_grad_enabled() else maps.mul_(gate)
+        return maps if first == 1 else maps.movedim(1, -1)
 
     def gates(self, x: Tensor) -> list[Tensor]:
         """One gate (B, L, C) per spatial axis of `x`, between 0 and 1, in the dtype of `x`."""
+        return self._gates(x, 1)
+
+    def _gates(self, maps: Tensor, first: int) -> list[Tensor]:
+        """Gates (B, L, C) of (B, *S, C), whose `first` spatial axis is 1, or (B, C, L) of (B, C, *S), where it is 2."""
         gates: list[Tensor] = []
-        for axis in range(1, x.ndim - 1):
-            others = list(range(1, x.ndim - 1))
-            others.remove(axis)
-            gates.append(self._gate(x.mean(others).mT).mT.to(x.dtype))
+        for axis in range(maps.ndim - 2):
+            others = list(range(first, maps.ndim - 2 + first))
+            others.remove(axis + first)
+            strip = self._average(maps, others)
+            gate = self._gate(strip) if first == 2 else self._gate(strip.mT).mT
+            gates.append(gate.to(maps.dtype))
         return gates
+
+    def _average(self, maps: Tensor, axes: list[int]) -> Tensor:
+        """The mean over `axes`; its gradient divides before it is expanded to the map, where that is as exact."""
+        if maps.element_size() < 4:
+            return maps.mean(axes)
+        count = 1
+        for axis in axes:
+            count *= maps.shape[axis]
+        return maps.sum(axes) / count
 
     def _gate(self, strip: Tensor) -> Tensor:
         """The gate of the averages `strip` (B, C, L)."""
