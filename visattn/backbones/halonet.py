@@ -207,7 +207,7 @@ _BASE = {"first_conv": "stem.conv1.conv", "license": "apache-2.0", "paper_ids": 
 
 
 def _config(size: int, **overrides: Any) -> dict[str, Any]:
-    side = size // 32
+    side = -(-size // 32)  # rounded up, as every strided layer does
     return config(**{**_BASE, "input_size": (3, size, size), "pool_size": (side, side), **overrides})
 
 
