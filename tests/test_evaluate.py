@@ -335,6 +335,16 @@ def test_what_predict_and_evaluate_write_beside_masks_is_no_mask(tmp_path):
     assert plan(tmp_path).extra == ()
 
 
+def test_the_masks_that_predict_wrote_are_what_is_scored(tmp_path):
+    """`predict` takes none of them for images, going by its manifest."""
+    put(tmp_path / "gt", "a.png")
+    put(tmp_path / "pred", "a.png", "overlays/a.png")
+    made = {"cases": [{"mask": "a.png", "files": {"a.png": "", "overlays/a.png": ""}}]}
+    (tmp_path / "pred" / "manifest.json").write_text(json.dumps(made))
+    assert keys(plan(tmp_path)) == [("a", "a.png")]
+    assert plan(tmp_path).extra == ()
+
+
 def test_a_case_is_called_as_the_true_mask_spells_it(tmp_path):
     """A run on the same data calls it so as well, and `compare` goes by names."""
     put(tmp_path / "gt", "u\u0308.png", "deep/e\u0301_1.png")

@@ -241,7 +241,7 @@ def test_a_run_that_stopped_early_goes_on_to_its_report_only(wholes, polyps, tmp
     whole = wholes(**keys)
     assert "stopped early after epoch 2: Monitored metric val/loss did not improve" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr("visattn.fit.write_results", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr("visattn.results.write_results", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
         assert run_fit(polyps, tmp_path / "run", **keys) == 143
     assert "--ckpt_path last" in capsys.readouterr().err
     assert not (tmp_path / "run/cases.csv").exists()

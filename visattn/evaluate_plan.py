@@ -244,7 +244,7 @@ def _volumes(folder: Path, output: Path) -> list[tuple[Path, PurePosixPath]]:
 def _find(folder: Path, output: Path, kind: _Kind) -> list[tuple[Path, PurePosixPath]]:
     if not kind.volumes:
         try:
-            return find_images([folder], output)
+            return find_images([folder], output, predicted=True)
         except UserError:
             if folder.is_dir() and _volumes(folder, output):
                 raise UserError(f"{shown(folder)}: holds volumes, but the true masks are images.") from None

@@ -82,11 +82,12 @@ class Case:
         return self.mask.removesuffix(".png")
 
 
-def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePosixPath]]:
+def find_images(inputs: Sequence[Path], output: Path, *, predicted: bool = False) -> list[tuple[Path, PurePosixPath]]:
     """The images that `inputs` name, each with its path relative to the input folder (its name, for a file).
 
     Folders are searched with all subfolders, linked ones too; hidden files and folders and the output folder are left
-    out. A file that is named outright is taken whatever its ending.
+    out, and without `predicted` what an earlier `visattn predict` wrote. A file that is named outright is taken
+    whatever its ending.
 
     Raises:
         UserError: an input does not exist, holds no image, or is the output folder.
@@ -101,7 +102,7 @@ def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePo
                 raise UserError(
                     f"--output {shown(output)}: is an input folder too.\nName another folder for the masks."
                 )
-            images = list(_walk(given, target))
+            images = list(_walk(given, target, predicted))
             if not images:
                 raise UserError(f"{shown(given)}: no image in this folder.\nImages end in: {', '.join(SUFFIXES)}")
         else:
@@ -117,12 +118,13 @@ def find_images(inputs: Sequence[Path], output: Path) -> list[tuple[Path, PurePo
     return [(path, relative) for (_, relative), path in found.items()]
 
 
-def _walk(folder: Path, skipped: Path) -> Iterator[tuple[Path, PurePosixPath]]:
-    predicted: set[str] = set()
+def _walk(folder: Path, skipped: Path, predicted: bool) -> Iterator[tuple[Path, PurePosixPath]]:
+    written: set[str] = set()
     for inner, files in walk_files(folder, skipped):
-        predicted |= predicted_files(inner)
+        if not predicted:
+            written |= predicted_files(inner)
         for path in files:
-            if predicted and os.path.realpath(path) in predicted:  # an earlier output within the input
+            if written and os.path.realpath(path) in written:  # an earlier output within the input
                 continue
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 yield path, PurePosixPath(path.relative_to(folder).as_posix())
