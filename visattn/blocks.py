@@ -63,7 +63,13 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
-    """The rate of each block of each stage, growing linearly from 0 to `rate` over all blocks."""
+    """The rate of each block of each stage, growing linearly from 0 to `rate` over all blocks.
+
+    Raises:
+        UserError: No rate.
+    """
+    if not 0.0 <= rate < 1.0:
+        raise UserError(f"drop_path_rate must be in [0, 1), got {rate!r}")
     each = torch.linspace(0, rate, sum(depths), dtype=torch.float64, device="cpu").tolist()
     return [each[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
 

@@ -4,13 +4,15 @@ Papers: Ronneberger et al., "U-Net", MICCAI 2015, arXiv 1505.04597 (skips that c
 U-Net", arXiv 1804.03999 (gates); Fan et al., "PraNet", arXiv 2006.11392 (reverse attention); Cao et al., "Swin-Unet",
 arXiv 2105.05537 (patch expanding). Status: no parity target; written from these descriptions.
 
-A level doubles the resolution (or does what lies between two maps), joins the skip, and runs its blocks. Below the
-finest map, levels without a skip go on to the full resolution, by 2 at a time.
+A level doubles the resolution (or does what lies between two maps), joins the skip, and runs its blocks. Where one
+reduction is no multiple of the next, the next whole factor is followed by linear interpolation. Below the finest map,
+levels without a skip go on to the full resolution, by 2 at a time.
 
 Legend: B batch, C channels, K classes, *S spatial axes.
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from visattn.attention import ATTENTION, FUSION
-from visattn.blocks import CONV, Block, Mixer, Mlp, build_mixer, conv_norm, drop_path_rates
+from visattn.blocks import CONV, Block, Mixer, Mlp, build_mixer, conv_norm, drop_path_rates, resize
 from visattn.errors import UserError, did_you_mean, unknown
 
 Skip = str | Mapping[str, Any]
@@ -77,17 +79,21 @@ class UNetHead(nn.Module):
             raise unknown("upsample", str(upsample), UPSAMPLING)
         widths = [width for width, _ in features]
         reductions = [(each,) * dims if isinstance(each, int) else tuple(each) for _, each in features]
-        own = list(widths[:-1] if channels is None else channels)
-        if len(own) != len(features) - 1:
-            raise UserError(f"channels needs {len(features) - 1} widths, one per skip, finest first; got {channels!r}")
-        factors = [_ratio(reductions[i + 1], reductions[i]) for i in range(len(own))]  # between neighbouring maps
+        if type(depth) is not int or depth < 1:
+            raise UserError(f"depth must be a whole number above 0, got {depth!r}")
+        own = list(widths[:-1]) if channels is None else _widths(channels, len(features) - 1)
+        # Between neighbouring maps; rounded up where they do not divide.
+        factors = [
+            tuple(-(-a // b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(reductions[::-1])
+        ]
+        divide = [all(a % b == 0 for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(reductions[::-1])]
         steps = _halvings(reductions[0])  # from the finest map to the full resolution
         rates = drop_path_rates(drop_path_rate, [depth] * (len(own) + len(steps)))
         levels: list[Level] = []
         width = widths[-1]
-        for i in reversed(range(len(own))):
-            plan = (width, own[i], factors[i], widths[i])
-            levels.append(Level(*plan, skip, decoder, rates[len(levels)], upsample, norm, classes))
+        for i, factor, exact in zip(reversed(range(len(own))), factors, divide, strict=True):
+            plan = (width, own[i], factor, widths[i])
+            levels.append(Level(*plan, skip, decoder, rates[len(levels)], upsample, norm, classes, exact))
             width = own[i]
         for step in steps:
             # Attention at full resolution would dominate the cost of the network: these levels are convolutions.
@@ -146,6 +152,7 @@ class Level(nn.Module):
         upsample: As in `UNetHead`.
         norm: As in `UNetHead`.
         classes: Channels of the prediction that reverse attention reads.
+        exact: Whether `factor` leads to the skip's size, but for what padding adds; else the rest is interpolated.
     """
 
     def __init__(
@@ -160,9 +167,10 @@ class Level(nn.Module):
         upsample: str,
         norm: str,
         classes: int,
+        exact: bool = True,
     ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.exact = width, exact
         self.up = Upsample(dim, width, factor, upsample)
         self.join = Join(width, skip_dim, skip, len(factor), classes) if skip_dim else None
         joined = width if self.join is None else self.join.width
@@ -173,7 +181,7 @@ class Level(nn.Module):
         goal = skip.shape[2:] if skip is not None else size
         x = self.up(x)
         if goal is not None:
-            x = fit(x, goal)
+            x = fit(x, goal) if self.exact else resize(x, goal)
         if self.join is not None and skip is not None:
             x = self.join(x, skip)
         x = self.blocks(x)
@@ -351,10 +359,18 @@ def unfold_channels(x: Tensor, factor: Sequence[int]) -> Tensor:
     return x.permute(order).reshape(x.shape[0], -1, *(a * b for a, b in zip(sizes, factor, strict=True)))
 
 
-def _ratio(coarse: Sequence[int], fine: Sequence[int]) -> tuple[int, ...]:
-    if any(a % b for a, b in zip(coarse, fine, strict=True)):
-        raise UserError(f"the reductions of neighbouring maps must be multiples of each other, got {fine} and {coarse}")
-    return tuple(a // b for a, b in zip(coarse, fine, strict=True))
+def _widths(channels: Any, number: int) -> list[int]:
+    given: list[Any] = list(channels) if isinstance(channels, Sequence) else [channels]
+    if (
+        not isinstance(channels, Sequence)
+        or len(given) != number
+        or any(type(each) is not int or each < 1 for each in given)
+    ):
+        raise UserError(
+            f"channels needs {number} whole number{'s' * (number != 1)} above 0, one per skip, finest first; "
+            f"got {channels!r}"
+        )
+    return given
 
 
 def _halvings(reduction: Sequence[int]) -> list[tuple[int, ...]]:

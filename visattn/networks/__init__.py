@@ -81,7 +81,8 @@ def check_network(config: Mapping[str, Any]) -> None:
         UserError: As for `create_model`.
     """
     name = chosen("network", config, NETWORKS)
-    valid = [*inspect.signature(NETWORKS[name]).parameters, "activation"]
+    parameters = inspect.signature(NETWORKS[name]).parameters
+    valid = [*parameters, "activation"]
     for key, value in config.items():
         if key == "name" or (key == "pretrained" and value is False):
             continue
@@ -90,7 +91,8 @@ def check_network(config: Mapping[str, Any]) -> None:
                 f"network '{name}' has no argument '{key}'.{did_you_mean(key, valid)}\n"
                 f"It takes: {', '.join(dict.fromkeys(valid))}"
             )
-        if key in ("in_channels", "classes", "channels") and (type(value) is not int or value < 1):
+        counts = key in ("in_channels", "classes") or (key == "channels" and type(parameters[key].default) is int)
+        if counts and (type(value) is not int or value < 1) and not (value is None is parameters[key].default):
             raise UserError(f"network '{name}': {key} must be a whole number above 0, got {value!r}")
         if key == "pretrained" and not isinstance(value, bool | str | Path):
             raise UserError(
