@@ -132,15 +132,20 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     be, as in timm.
     """
     partition = _partition(model)
-    own = model.state_dict()
-    tensors = {}
-    for key, value in official.items():
-        tensors[key] = value
+    tensors = _as_matrices(official, model)
+    for key, value in tensors.items():
         if key.endswith(TABLE):
             tensors[key] = _resized(value, partition, always=value.ndim == 2 and partition[0] != partition[1])
-        elif key in own and value.ndim == 4 and own[key].ndim == 2 and value.numel() == own[key].numel():
-            tensors[key] = value.flatten(1)  # from the time when timm stored them as 1x1 convolutions
     return tensors
+
+
+def _as_matrices(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """`state` with linear layers as matrices: timm once stored them as 1x1 convolutions."""
+    own = model.state_dict()
+    return {
+        key: value.flatten(1) if value.ndim == 4 and key in own and own[key].ndim == 2 else value
+        for key, value in state.items()
+    }
 
 
 def _partition(model: nn.Module) -> tuple[int, int]:
@@ -192,7 +197,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _build(variant: str, pretrained: bool, defaults: Mapping[str, Any], kwargs: Mapping[str, Any]) -> nn.Module:
-    return build(maxvit, variant, pretrained, pretrained_filter_fn=translate, **{**defaults, **kwargs})
+    # Tables are resized by `_fit_on_load`: what timm loads by our names was saved by our models.
+    return build(maxvit, variant, pretrained, pretrained_filter_fn=_as_matrices, **{**defaults, **kwargs})
 
 
 def _rw(variant: str, pretrained: bool, kwargs: Mapping[str, Any], **plan: Any) -> nn.Module:
