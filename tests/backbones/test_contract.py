@@ -228,16 +228,18 @@ def test_features_train_every_parameter(name):
 def test_other_precision_and_memory(model):
     x = example(model, batch=1)
     logits = model(x)
-    # Rounding to 8 bits may do what rounding to 24 does, so much more often: networks differ in how they amplify it.
-    rounding = 2**16 * float((logits - copy.deepcopy(model).double()(x.double())).abs().max())
+    exact = copy.deepcopy(model).double()(x.double())
+    # Rounding to 8 bits may do what rounding to 24 does, 2^16 times over: networks differ in how they amplify it. Where
+    # routes or regions are chosen, it may also choose others, and the results are alike only roughly.
+    rounding = max(2**16 * float((logits - exact).abs().max()), 0.3 * float(exact.abs().max()))
     with torch.autocast("cpu", torch.bfloat16):
         assert float((model(x) - logits).abs().max()) <= rounding
     half = copy.deepcopy(model).bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
     assert float((half - logits).abs().max()) <= rounding
     memory = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    model = model.to(memory_format=memory)
-    torch.testing.assert_close(model(x.contiguous(memory_format=memory)), logits, rtol=1e-3, atol=1e-4)
+    model = model.double().to(memory_format=memory)
+    torch.testing.assert_close(model(x.double().contiguous(memory_format=memory)), exact, rtol=1e-6, atol=1e-8)
     assert all(each.is_contiguous(memory_format=memory) for each in model.parameters() if each.ndim == x.ndim)
 
 
