@@ -59,6 +59,8 @@ def test_the_commands_list_and_refuse(capsys):
         (["unet", "--size", "64y64"], "is no size such as"),
         (["pranet", "--size", "64x64x64"], "images, not volumes"),
         (["va_biformer_tiny", "--size", "32x32x32"], "takes 2-D images"),
+        (["unet", "--size", "32x32", "--dims", "3"], "--size has 2 numbers, so dims is 2"),
+        (["unet", "--size", "32x32", "--in_channels", "no"], "in_channels must be a whole number"),
     ):
         assert main(["models", *words]) == 2
         assert message in capsys.readouterr().err

@@ -150,7 +150,7 @@ def _summary(options: argparse.Namespace, rest: Sequence[str]) -> int:
             f"{amount(found.training_memory(), 'B')} for a step of {found.batch} with Adam; "
             f"about {amount(found.training_memory(mixed=True), 'B')} in bf16-mixed",
         ),
-        ("memory is", "computed in float32 from the tensors that live at once; kernels and the allocator take more"),
+        ("memory is", "computed from the tensors that live at once; kernels, the loss and CUDA itself take more"),
     ):
         print(f"{title:11} {text}")
     return 0

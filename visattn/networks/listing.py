@@ -64,6 +64,10 @@ def build_model(
     """
     import timm
 
+    arguments = dict(arguments)
+    if arguments.pop("dims", rank) != rank:
+        raise UserError(f"--size has {rank} numbers, so dims is {rank}; leave --dims out")
+    in_channels, classes = arguments.pop("in_channels", in_channels), arguments.pop("classes", classes)
     ends = (("in_channels", in_channels), ("classes", classes))
     given: dict[str, Any] = {key: value for key, value in ends if value is not None}
     usual = 3 if rank == 2 else 1
