@@ -82,4 +82,4 @@ def official(model: nn.Module) -> nn.Module:
     )
 
 
-CASES = [(name, {"drop_path_rate": 0.0}, official, (1.0, 1.0)) for name in ("va_medvit_tiny", "va_medvit_dina_tiny")]
+CASES = [(name, {"drop_path_rate": 0.0}, official, (1.5, 1.5)) for name in ("va_medvit_tiny", "va_medvit_dina_tiny")]

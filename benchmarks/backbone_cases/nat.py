@@ -68,6 +68,6 @@ def official(model: nn.Module) -> nn.Module:
 
 
 CASES = [
-    (name, {"drop_path_rate": 0.0}, official, (1.0, 1.0))
+    (name, {"drop_path_rate": 0.0}, official, (1.5, 1.5))
     for name in ("va_nat_mini", "va_dinat_mini", "va_dinat_s_tiny")
 ]
