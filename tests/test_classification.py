@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from visattn.checkpoint import build_network, read_checkpoint
 from visattn.class_labels import ClassLabels
 from visattn.classification import ClassificationTask, mix
 from visattn.cli import main
+from visattn.data.image_folder import ImageFolder
 from visattn.errors import UserError
 from visattn.losses.classification import build_class_loss
 from visattn.members import parse_checkpoint, parse_classifier
@@ -153,7 +155,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, monkeyp
 
 @pytest.mark.slow
 def test_folds_are_pooled(tmp_path):
-    more = ["--folds", "all", "--data.folds", "2", "--trainer.max_epochs", "1"]
+    more = ["--folds", "all", "--data.folds", "2", "--trainer.max_epochs", "1", "--model.mixing", "{mixup: 0.5}"]
     assert fit(tmp_path, tmp_path / "run", *more) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     rows = rows_of(tmp_path / "run" / "cases.csv")
@@ -204,6 +206,15 @@ def test_mixing_says_how_much_of_which_class_is_in_an_image():
     volume = torch.rand(2, 1, 4, 4, 4)
     assert mix(volume, torch.tensor([0, 1]), 2, {"mixup": 1.0, "cutmix": 0.0, "prob": 1.0, "switch_prob": 0.5,
                                                 "mode": "batch"})[0].shape == volume.shape  # fmt: skip
+
+
+def test_mixing_is_checked_where_no_case_was_read_yet():
+    """As before the folds of a recipe are trained."""
+    for size in (4, 5):
+        task = ClassificationTask({"name": "resnet10t"}, {"name": "adamw"}, mixing={"mixup": 0.5})
+        task.data = ImageFolder("phantom", size=32, batch_size=size)
+        with pytest.raises(UserError, match="must be even") if size % 2 else nullcontext():
+            assert task.build(False) is not None
 
 
 def test_mixing_draws_from_torch_alone():

@@ -108,7 +108,9 @@ class ClassificationTask(TrainingTask):
         wanted = self.data.preprocessing.rank
         if self.mixing and self.mixing["cutmix"] and wanted == 3:
             raise UserError("model.mixing: cutmix is for images; volumes take mixup alone")
-        if self.mixing and min(self.data.batch_size, len(self.data.cases["train"]) or self.data.batch_size) % 2:
+        # Without cases yet where the folds of a recipe are checked before any of them is trained.
+        training = len(self.data.cases.get("train", ())) or self.data.batch_size
+        if self.mixing and min(self.data.batch_size, training) % 2:
             raise UserError(
                 f"model.mixing: mixes the cases of a batch in pairs; data.batch_size must be even and at most the "
                 f"number of training cases, got {self.data.batch_size}"

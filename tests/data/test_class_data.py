@@ -252,12 +252,21 @@ def test_bad_images_and_tables_are_told_together(folder):
         ("image,label\ncat/p0_0.png,cat|dog\ncat/p1_2.png,\n", "labels of several classes, as 'cat|dog'"),
         ("image,label\ncat/p0_0.png,cat\ndog/gone.png,dog\n", "gone.png: no such file"),
         ("image,label,part\ncat/p0_0.png,cat,training\n", "none of train, val, test"),
+        ("image,label\na.nii.gz,cat\nb.nii,dog\n", "names volumes. .*MedMNIST's form"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_told(text, message, folder):
     (folder / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         ImageFolder(str(folder / "t.csv")).setup()
+
+
+def test_folders_of_volumes_are_told_what_to_do(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scan.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds volumes\. .*MedMNIST's form"):
+        ImageFolder(str(tmp_path)).setup()
 
 
 def test_blanks_around_the_names_of_columns_are_left_out(folder):

@@ -9,10 +9,16 @@ from visattn.data.cases import raise_problems
 from visattn.data.images import SUFFIXES
 from visattn.data.phantoms import PHANTOM
 from visattn.data.splits import PARTS
+from visattn.data.volume_names import is_volume_name
 from visattn.errors import UserError, nearest, unknown
 from visattn.files import read_small, walk_files
 
 _COLUMNS = ("image", "label", "group", "part")
+
+NO_VOLUMES = (
+    "Classifiers of volumes train on .npz files of MedMNIST's form (uint8, all of one shape): bring yours to one "
+    "spacing, orientation and range of values, and save them so."
+)
 
 Row = tuple[str, Path, tuple[str, ...], str, str]
 """Name, file, classes, group and part of an image."""
@@ -43,6 +49,8 @@ def list_folders(path: Path, root: str) -> list[Row]:
                         name = file.relative_to(path).with_suffix("").as_posix()
                         rows.append((name, file, (folder.name,), name, part))
     if not rows:
+        if any(is_volume_name(file) for _, files in walk_files(path) for file in files):
+            raise UserError(f"data.root: {root} holds volumes. {NO_VOLUMES}")
         found = ", ".join(inner[:8]) or "no folder"
         raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
     return sorted(rows)
@@ -93,6 +101,8 @@ def list_table(path: Path, multi_label: bool) -> tuple[list[Row], list[str]]:
         rows.append((name, path.parent / file, labels, (row.get("group") or "").strip() or name, part))
     if not rows and not problems:
         raise UserError(f"data.root: {path} names no images")
+    if rows and all(is_volume_name(row[1]) for row in rows):
+        raise UserError(f"data.root: {path} names volumes. {NO_VOLUMES}")
     return sorted(rows), problems
 
 
