@@ -73,7 +73,6 @@ def test_classifies(name, model):
     assert logits.isfinite().all()
     assert not torch.equal(logits[0], logits[1])
     assert torch.equal(model.forward_head(features), logits)
-    torch.testing.assert_close(model(x[1:]), logits[1:], rtol=1e-3, atol=1e-5)  # whatever its neighbours in the batch
     pooled = model.forward_head(features, pre_logits=True)
     assert pooled.shape == (2, model.head_hidden_size)
     assert torch.equal(model.get_classifier()(pooled), logits)
@@ -225,10 +224,11 @@ def test_features_train_every_parameter(name):
 
 
 @torch.no_grad()
-def test_other_precision_and_memory(model):
-    x = example(model, batch=1)
+def test_other_precision_memory_and_batch(model):
+    x = example(model)
+    exact = copy.deepcopy(model).double()(x.double())[1:]
+    x = x[1:]  # whatever its neighbour in the batch is
     logits = model(x)
-    exact = copy.deepcopy(model).double()(x.double())
     # Rounding to 8 bits may do what rounding to 24 does, 2^16 times over: networks differ in how they amplify it. Where
     # routes or regions are chosen, it may also choose others, and the results are alike only roughly.
     rounding = max(2**16 * float((logits - exact).abs().max()), 0.3 * float(exact.abs().max()))
