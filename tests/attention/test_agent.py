@@ -3,8 +3,22 @@
 import pytest
 import torch
 
+from visattn.attention import _agent, _resample, agent
 from visattn.attention._resample import average_weights, linear_weights
 from visattn.attention.agent import AgentAttention
+
+
+def as_on_gpu(patch):
+    """Take the way of few operators, which is a GPU's."""
+    for module in (_agent, _resample, agent):
+        patch.setattr(module, "launch_bound", lambda x: not torch.compiler.is_compiling())
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def way(request, monkeypatch):
+    """Both ways of computing the same."""
+    if request.param == "gpu":
+        as_on_gpu(monkeypatch)
 
 
 def randomised(block, std=0.4):
@@ -22,7 +36,7 @@ def image(*shape):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_official_swin_form(golden, index):
+def test_official_swin_form(golden, index, way):
     case = golden("agent_attention", "module_swin_w12_a9")
     block = case.load_into(AgentAttention(64, 4, agent_num=9, window_size=12))
     x = case.input(index)
@@ -30,7 +44,7 @@ def test_official_swin_form(golden, index):
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_official_deit_form(golden, index):
+def test_official_deit_form(golden, index, way):
     case = golden("agent_attention", "module_deit_w10_a16")
     block = case.load_into(AgentAttention(48, 3, variant="deit", agent_num=16, window_size=10, qkv_bias=False))
     assert case.error(index, "out", block(case.input(index))) <= 1
@@ -39,7 +53,7 @@ def test_official_deit_form(golden, index):
 @pytest.mark.parametrize(
     "name", ["an_bias", "na_bias", "ah_bias", "aw_bias", "ha_bias", "wa_bias", "ac_bias", "ca_bias"]
 )
-def test_the_official_outputs_pin_every_table(golden, name):
+def test_the_official_outputs_pin_every_table(golden, name, way):
     case = golden("agent_attention", "module_deit_w10_a16")
     block = case.load_into(AgentAttention(48, 3, variant="deit", agent_num=16, window_size=10, qkv_bias=False))
     with torch.no_grad():
@@ -52,7 +66,7 @@ def test_the_official_outputs_pin_every_table(golden, name):
     [((7,), 3), ((1,), 4), ((5, 6), 4), ((3, 7), 16), ((1, 1), 9), ((2, 3, 4), 8), ((5, 1, 2), 1)],
 )
 @pytest.mark.parametrize(("variant", "sr_ratio"), [("swin", 1), ("deit", 1), ("pvt", 1), ("pvt", 2)])
-def test_loops_agree(reference, variant, sr_ratio, size, agents):
+def test_loops_agree(reference, variant, sr_ratio, size, agents, way):
     """Tables are stored for a map of side 4, so all but some axes are resized."""
     rank = len(size)
     block = AgentAttention(
@@ -73,7 +87,7 @@ def test_loops_agree(reference, variant, sr_ratio, size, agents):
     ("size", "agents", "split"),
     [((6, 6), 4, 3), ((5, 7), 9, 3), ((4, 5), 4, None), ((7, 3), 16, 5), ((3, 4, 5), 8, 2), ((5,), 3, 2)],
 )
-def test_loops_agree_on_strips(reference, size, agents, split):
+def test_loops_agree_on_strips(reference, size, agents, split, way):
     rank = len(size)
     grid = (round(agents ** (1 / rank)),) * rank
     block = AgentAttention(12, 6, variant="cswin", rank=rank, agent_num=agents, window_size=4, split_size=split)
@@ -99,7 +113,7 @@ def test_a_strip_knows_nothing_of_the_others():
     assert (change[4:] > 1e-6).all()
 
 
-def test_padding_of_strips_takes_no_part():
+def test_padding_of_strips_takes_no_part(way):
     """Of a map with a column left over, the whole strips do not change when that column is taken away."""
     block = randomised(AgentAttention(8, 2, variant="cswin", agent_num=4, window_size=4, split_size=2))
     x = image(1, 4, 5, 8)
@@ -124,7 +138,42 @@ def test_matrices_do_what_torch_does(source, target):
         assert torch.equal(linear_weights(source, target, x), torch.eye(source, dtype=x.dtype))
 
 
-def test_tables_resized_beforehand_give_the_same():
+@pytest.mark.parametrize("kept", [0, 2**21])
+@pytest.mark.parametrize(
+    ("variant", "rank"), [("swin", 1), ("swin", 2), ("deit", 2), ("pvt", 2), ("cswin", 2), ("swin", 3)]
+)
+def test_both_ways_have_the_same_gradients(monkeypatch, variant, rank, kept):
+    """Maps whose matrices are too large to keep are included; strips of the last size are padded."""
+    size = (4, 5, 3)[:rank]
+    block = randomised(
+        AgentAttention(12, 2, variant=variant, rank=rank, agent_num=2**rank, window_size=4, split_size=2)
+    )
+    x = (image(2, 21, 12) if variant == "deit" else image(2, *size, 12)).requires_grad_()
+    more = (size,) if variant == "deit" else ()
+    inputs = [x, *block.parameters()]
+
+    def results():
+        out = block(x, *more)
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    want = results()
+    as_on_gpu(monkeypatch)
+    monkeypatch.setattr(_agent, "KEPT", kept)
+    monkeypatch.setattr(_resample, "KEPT", kept)
+    for found, expected in zip(results(), want, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_kept_matrices_serve_training_after_inference(monkeypatch):
+    as_on_gpu(monkeypatch)
+    block = randomised(AgentAttention(12, 2, agent_num=4, window_size=11))
+    with torch.inference_mode():
+        block(image(1, 11, 11, 12))
+    block(image(1, 11, 11, 12)).sum().backward()
+    assert block.an_bias.grad.abs().sum() > 0
+
+
+def test_tables_resized_beforehand_give_the_same(way):
     """A block whose tables are stored for the map in use equals one whose tables are resized to it on the fly."""
     small = randomised(AgentAttention(12, 3, agent_num=4, window_size=(3, 5)))
     large = AgentAttention(12, 3, agent_num=4, window_size=(8, 6)).double().eval()
@@ -138,7 +187,7 @@ def test_tables_resized_beforehand_give_the_same():
     torch.testing.assert_close(small(x), large(x), rtol=1e-12, atol=1e-12)
 
 
-def test_another_grid_of_agents():
+def test_another_grid_of_agents(way):
     """`agent_shape` resizes the agents' side of the tables; the stored grid itself changes nothing."""
     stored = randomised(AgentAttention(12, 3, agent_num=4, window_size=4))
     same = AgentAttention(12, 3, agent_num=4, window_size=4, agent_shape=2).double().eval()
@@ -157,7 +206,7 @@ def test_another_grid_of_agents():
     assert (stored(x) - other(x)).abs().max() > 1e-3
 
 
-def test_no_memory_of_the_order_of_all_pairs():
+def test_no_memory_of_the_order_of_all_pairs(way):
     """The largest intermediate of a 64 x 64 map holds agents times positions, not positions squared."""
     sizes = []
 
@@ -174,7 +223,7 @@ def test_no_memory_of_the_order_of_all_pairs():
     assert 0 < max(sizes) <= 3 * 64 * 64 * 32
 
 
-def test_dropout_only_in_training():
+def test_dropout_only_in_training(way):
     block = AgentAttention(12, 3, agent_num=4, attn_drop=0.5, proj_drop=0.5)
     x = image(1, 6, 6, 12).float()
     assert torch.equal(block.eval()(x), block(x))

@@ -89,7 +89,8 @@ class AgentStrips(nn.Module):
         with without_autocast(qkv.device):
             agents, bias = self._agents(q, size, strip)
             drop = self.attn_drop if self.training else 0.0
-            out = two_steps(self._split(q), self._split(k), self._split(v), self._split(agents), bias, drop)
+            queries, keys, values, agents = (self._split(each) for each in (q, k, v, agents))
+            out = two_steps(queries, keys, values, agents, bias, self.scale, drop)
             out = out.transpose(2, 3).flatten(-2)  # (B, T, P, C)
         maps = regroup(v, (v.shape[0] * v.shape[1], *strip, v.shape[-1]))
         return window_reverse(out + regroup(depthwise(self.get_v, maps), v.shape), strip, size, counts)
@@ -102,7 +103,8 @@ class AgentStrips(nn.Module):
         q, k = (window_partition(part, strip, counts) for part in qkv[:2])
         with without_autocast(qkv.device):
             agents, bias = self._agents(q, size, strip)
-            first, second = agent_weights(self._split(q), self._split(k), self._split(agents), bias)
+            queries, keys, agents = (self._split(each) for each in (q, k, agents))
+            first, second = agent_weights(queries, keys, agents, self.scale, bias)
         which = flat_index([at // side for at, side in zip(query, strip, strict=True)], counts)
         inside = flat_index([at % side for at, side in zip(query, strip, strict=True)], strip)
         row = torch.einsum("bhn,bhnp->bhp", second[:, which, ..., inside], first[:, which])
@@ -111,10 +113,10 @@ class AgentStrips(nn.Module):
         return window_reverse(weights, strip, size, counts).reshape(q.shape[0], self.num_heads, *size)
 
     def _agents(self, q: Tensor, size: Sequence[int], strip: Sequence[int]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Agents (B, T, n, C), times the scale, of the queries `q` (B, T, P, C), and the biases of both steps."""
+        """Agents (B, T, n, C) of the queries `q` (B, T, P, C), and the biases of both steps."""
         agents = pool(regroup(q, (q.shape[0] * q.shape[1], *strip, q.shape[-1])), self.grid)
-        agents = regroup(agents, (q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1])) * self.scale
-        bias = biases(self, strip, strip, (self.stored_grid, self.grid))
+        agents = regroup(agents, (q.shape[0], q.shape[1], math.prod(self.grid), q.shape[-1]))
+        bias = biases(self, strip, strip, (self.stored_grid, self.grid), q.dtype)
         counts = self._counts(size)
         if known_zero(*(count * side - each for each, side, count in zip(size, strip, counts, strict=True))):
             return agents, bias

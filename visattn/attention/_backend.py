@@ -20,6 +20,16 @@ from torch.nn import functional as F
 BACKENDS = ("auto", "reference", "torch", "natten")
 
 
+def launch_bound(x: Tensor) -> bool:
+    """Whether `x` is computed with eagerly on a GPU, where it takes longer to start an operator than to run most.
+
+    A block may have a way of few operators for that case: fused attention with its bias, one product instead of several
+    small ones. A compiler fuses them by itself, and on the CPU the way of few operations is the quicker one. Tensors on
+    `meta` go as those on a GPU, see `visattn.shadow`.
+    """
+    return x.device.type in ("cuda", "meta") and not torch.compiler.is_compiling()
+
+
 def scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, dropout: float = 0.0
 ) -> Tensor:

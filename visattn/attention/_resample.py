@@ -7,14 +7,36 @@ interpolating whole maps, forward and backward.
 Legend: B batch, *S spatial axes, *T those of the result, C channels.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from visattn.attention._backend import launch_bound
+from visattn.attention._precision import exact
 from visattn.attention._windows import regroup
+
+KEPT = 2**21  # entries at most of a matrix that resamples all axes at once
+
+
+def kept(make: Callable[..., Tensor], like: Tensor, *sizes: Any) -> Tensor:
+    """`make(*sizes, like)`, a matrix of sizes alone with the device and dtype of `like`, computed once if it can be.
+
+    It takes longer to compute than to use. A tensor without values, or of a subclass, may not outlast the call.
+    """
+    if torch.compiler.is_compiling() or like.is_meta or type(like) not in (Tensor, nn.Parameter):
+        return make(*sizes, like)
+    return _kept(make, like.device, like.dtype, *sizes)
+
+
+@functools.lru_cache(maxsize=128)
+def _kept(make: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, *sizes: Any) -> Tensor:
+    with torch.inference_mode(False):  # so that a gradient may use it as well
+        return make(*sizes, torch.empty(0, device=device, dtype=dtype))
 
 
 def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
@@ -23,6 +45,10 @@ def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
     The same numbers as `F.interpolate(mode="linear", align_corners=False)`: positions beyond the outer centres take the
     edge value.
     """
+    return kept(_linear_weights, like, source, target)
+
+
+def _linear_weights(source: int, target: int, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     at = (torch.arange(target, device=like.device, dtype=dtype) + 0.5) * (source / target) - 0.5
     at = at.clamp(0, source - 1)
@@ -32,6 +58,10 @@ def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
 
 def average_weights(source: int, target: int, like: Tensor) -> Tensor:
     """The matrix (target, source) of adaptive average pooling; cells overlap and repeat where target > source."""
+    return kept(_average_weights, like, source, target)
+
+
+def _average_weights(source: int, target: int, like: Tensor) -> Tensor:
     dtype = torch.promote_types(like.dtype, torch.float32)
     cell = torch.arange(target, device=like.device)
     start = (cell * source) // target
@@ -62,5 +92,14 @@ def pool(x: Tensor, size: Sequence[int]) -> Tensor:
     if x.device.type == "cpu" and x.dim() == 4 and not torch.compiler.is_compiling():
         # A quarter of the time; on a GPU its gradient would differ from run to run.
         return F.adaptive_avg_pool2d(x.movedim(-1, 1), (size[0], size[1])).movedim(1, -1)
+    if launch_bound(x) and math.prod(x.shape[1:-1]) * math.prod(size) <= KEPT:
+        cells = kept(_cells, x, tuple(x.shape[1:-1]), tuple(size))
+        return torch.unflatten(torch.matmul(cells, x.flatten(1, -2)), 1, tuple(size))
     weights = [average_weights(old, new, x) for old, new in zip(x.shape[1:-1], size, strict=True)]
     return along_axes(x, weights)
+
+
+def _cells(source: tuple[int, ...], target: tuple[int, ...], like: Tensor) -> Tensor:
+    """The matrix of `pool` for all axes at once, (positions of `target`, positions of `source`)."""
+    axes = [average_weights(old, new, exact(like)) for old, new in zip(source, target, strict=True)]
+    return functools.reduce(torch.kron, axes).to(like.dtype)

@@ -31,11 +31,11 @@ from visattn.attention._agent import (
     agent_weights,
     biases,
     register_tables,
-    resize_agents,
     split_heads,
     two_steps,
 )
 from visattn.attention._agent_strips import AgentStrips
+from visattn.attention._backend import launch_bound
 from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import without_autocast
 from visattn.attention._resample import pool, resize_linear
@@ -183,7 +183,7 @@ class AgentAttention(nn.Module):
             out = torch.cat([branch(share) for branch, share in zip(self.attns, shares, strict=True)], dim=-1)
             return self._project(out)
         q, k, v = self._query_key_value(x)
-        out = self._attend(q.flatten(1, -2), k.flatten(1, -2), v.flatten(1, -2), q, k.shape[1:-1], None)
+        out = self._attend(q.flatten(1, -2), k.flatten(1, -2), v.flatten(1, -2), q, k.shape[1:-1])
         values = resize_linear(v, x.shape[1:-1]) if self.sr_ratio > 1 else v
         return self._project(depthwise(self.dwc, values).add(out.reshape(x.shape)))
 
@@ -207,11 +207,11 @@ class AgentAttention(nn.Module):
         size = x.shape[1:-1] if not token else self.window_size if size is None else tuple(size)
         q, k, _ = self._query_key_value(x)
         position = flat_index(query, size) + token
-        tables = (self.ac_bias[0], self.ca_bias[0].mT) if token else None
         pooled = self._map(q, size) if token else q
         with without_autocast(x.device):
             tokens = q if token else q.flatten(1, -2), k if token else k.flatten(1, -2)
-            first, second = agent_weights(*self._prepare(*tokens, pooled, size, tables))
+            queries, keys, agents, bias = self._prepare(*tokens, pooled, size)
+            first, second = agent_weights(queries, keys, agents, self.scale, bias)
         row = torch.einsum("bhn,bhnm->bhm", second[..., position], first)
         return row[..., int(token) :].reshape(x.shape[0], self.num_heads, *size)
 
@@ -225,10 +225,9 @@ class AgentAttention(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         q, k, v = self._query_key_value(x)
-        tables = (self.ac_bias[0], self.ca_bias[0].mT)
-        out = self._attend(q, k, v, self._map(q, size), size, tables)
+        out = self._attend(q, k, v, self._map(q, size), size)
         convolved = depthwise(self.dwc, self._map(v, size)).flatten(1, -2)
-        return self._project(torch.cat([out[:, :1], out[:, 1:] + convolved], dim=1))
+        return self._project(out + F.pad(convolved, (0, 0, 1, 0)))
 
     def _shares(self, qkv: Tensor) -> Iterator[Tensor]:
         """The part (3, B, *S, C / branches) of each branch of `cswin`."""
@@ -251,40 +250,31 @@ class AgentAttention(nn.Module):
                 source = self.norm(self.sr(maps).movedim(1, -1))
             k, v = self.kv(source).chunk(2, dim=-1)
             return self.q(x), k, v
-        # One product per part instead of slices of one product: the gradient of a slice is padded with zeros to the
-        # whole and added up, which costs more than the products themselves.
+        if launch_bound(x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.dim)).unbind(-2)
+            return q, k, v
+        # One product per part instead of slices of one product: putting their gradients together costs more on the CPU
+        # than the products themselves.
         weights = self.qkv.weight.chunk(3)
         offsets = self.qkv.bias.chunk(3) if self.qkv.bias is not None else (None, None, None)
         q, k, v = (F.linear(x, weight, offset) for weight, offset in zip(weights, offsets, strict=True))
         return q, k, v
 
     def _prepare(
-        self, q: Tensor, k: Tensor, pooled: Tensor, key_size: Sequence[int], tables: tuple[Tensor, Tensor] | None
+        self, q: Tensor, k: Tensor, pooled: Tensor, key_size: Sequence[int]
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Heads of q (B, h, N, d) and k (B, h, M, d), agents (B, h, n, d) times the scale, and both biases."""
-        agents = pool(pooled, self.grid).flatten(1, -2) * self.scale  # (B, n, C)
-        query_size = pooled.shape[1:-1]
-        bias = biases(self, query_size, key_size, (self.stored_grid, self.grid))
-        if tables is not None:  # the class token: a key column before B1, a query column before B2
-            key, query = (resize_agents(table, self.stored_grid, self.grid).to(bias[0].dtype) for table in tables)
-            bias = torch.cat([key, bias[0]], dim=-1), torch.cat([query, bias[1]], dim=-1)
+        """Heads of q (B, h, N, d) and k (B, h, M, d), agents (B, h, n, d), and both biases."""
+        agents = pool(pooled, self.grid).flatten(1, -2)  # (B, n, C)
+        bias = biases(self, pooled.shape[1:-1], key_size, (self.stored_grid, self.grid), q.dtype)
         heads = self.num_heads
         return split_heads(q, heads), split_heads(k, heads), split_heads(agents, heads), bias
 
-    def _attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pooled: Tensor,
-        key_size: Sequence[int],
-        tables: tuple[Tensor, Tensor] | None,
-    ) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, pooled: Tensor, key_size: Sequence[int]) -> Tensor:
         """The two steps for tokens q (B, N, C), k and v (B, M, C), with agents from the map `pooled` (B, *S, C)."""
         with without_autocast(q.device):
-            queries, keys, agents, bias = self._prepare(q, k, pooled, key_size, tables)
+            queries, keys, agents, bias = self._prepare(q, k, pooled, key_size)
             drop = self.attn_drop if self.training else 0.0
-            out = two_steps(queries, keys, split_heads(v, self.num_heads), agents, bias, drop)
+            out = two_steps(queries, keys, split_heads(v, self.num_heads), agents, bias, self.scale, drop)
             return out.transpose(1, 2).flatten(2)  # (B, N, C)
 
     def _project(self, x: Tensor) -> Tensor:
