@@ -95,15 +95,19 @@ class Calibration:
     errors: list[tuple[str, float | None]]
 
 
-def read_confusion(content: Mapping[str, Any]) -> Confusion:
+def read_confusion(content: Mapping[str, Any], sides: tuple[str, str] = ("outside", "inside")) -> Confusion:
     """The entry `confusion` of a summary.
+
+    Args:
+        content: The entry.
+        sides: What the two lines of each class are called where classes are independent of each other.
 
     Raises:
         ValueError: It has another form.
     """
     if "regions" in content:
         regions = _mapping(content["regions"])
-        tables = [_table(name, ["outside", "inside"], counts) for name, counts in list(regions.items())[:MOST_CLASSES]]
+        tables = [_table(name, list(sides), counts) for name, counts in list(regions.items())[:MOST_CLASSES]]
         return Confusion(tables, [], len(regions), sum(total for _, total, _ in tables[0].rows) if tables else 0)
     names = _list(content.get("names"))
     if not all(isinstance(name, str) for name in names):

@@ -12,6 +12,7 @@ from visattn.report.pixels import Calibration, Confusion, read_calibration, read
 from visattn.scored import AGAIN, SUMMARY
 
 STAGES = ("validate", "test")  # folders of evaluations within a run folder
+_CLASSES = "classification"
 CAPTION = 6  # names that are listed
 
 
@@ -59,9 +60,10 @@ def _place(run_dir: Path) -> str:
 
 
 def _pixels(summary: Mapping[str, Any], path: Path) -> tuple[Confusion | None, Calibration | None]:
+    sides = ("no", "yes") if summary.get("task") == _CLASSES else ("outside", "inside")
     try:
         return (
-            read_confusion(summary["confusion"]) if summary.get("confusion") else None,
+            read_confusion(summary["confusion"], sides) if summary.get("confusion") else None,
             read_calibration(summary["calibration"]) if summary.get("calibration") else None,
         )
     except (ValueError, AttributeError, TypeError) as error:
@@ -77,7 +79,8 @@ def _duration(seconds: float) -> str:
 
 def _facts(summary: Mapping[str, Any], epochs: Mapping[int, float]) -> dict[str, str]:
     facts: dict[str, str] = {}
-    for key, name in (("prediction", "Predicted masks"), ("truth", "True masks")):
+    what = "classes" if summary.get("task") == _CLASSES else "masks"
+    for key, name in (("prediction", f"Predicted {what}"), ("truth", f"True {what}")):
         if summary.get(key):
             facts[name] = str(summary[key])
     for key, name in (("missing", "Without prediction, counted as misses"), ("extra", "Without truth, not scored")):
