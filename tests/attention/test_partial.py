@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from visattn.attention import _norm, partial
 from visattn.attention._norm import batch_norm
 from visattn.attention.partial import (
     PartialChannelAttention,
@@ -185,6 +186,36 @@ def test_the_fast_training_step_is_the_composed_one(monkeypatch):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(fast.buffers(), slow.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4, 10), (2, 2, 3, 2, 10), (1, 1, 1, 10)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["ch", "sp"])
+def test_torchs_kernels_compute_the_same_on_other_devices(monkeypatch, name, training, shape):
+    """Outputs, gradients and running statistics of the way that is taken where it is not the CPU."""
+    composed = randomised(BLOCKS[name](10, rank=len(shape) - 2)).train(training)
+    kernels = copy.deepcopy(composed)
+    x, weight = image(*shape), image(*shape)
+    x[..., 7] = 0.25
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    expected = composed(inputs[0])
+    (expected * weight).sum().backward()
+    for module in (_norm, partial):
+        monkeypatch.setattr(module, "by_kernel", lambda x: True)
+    out = kernels(inputs[1])
+    (out * weight).sum().backward()
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-9)
+    # torch's kernel keeps running statistics, and the hard sigmoid its slope, to single precision.
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(composed.parameters(), kernels.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(composed.buffers(), kernels.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_mean_and_deviation():
+    x = image(2, 5, 3).requires_grad_()
+    assert torch.autograd.gradcheck(_norm.Spread.apply, x)
 
 
 def test_a_constant_channel_has_no_deviation_and_no_infinite_gradient():

@@ -8,6 +8,9 @@ The modules stay torch's own BatchNorm layers: their parameters, buffers, names 
 One thing differs: with a single value per channel, whose variance means nothing, they raise in training, and here the
 running statistics are used and left alone.
 
+All that is for the CPU. Elsewhere an operator costs its launch, a float32 copy its memory, and torch's own kernels take
+16 bits and channels-last memory as they are: there a norm is one call (see `by_kernel`).
+
 Legend: B batch, *S spatial axes, N positions, C channels, G groups of values that share their moments.
 """
 
@@ -17,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from visattn.attention._windows import certain
 
 
 class Moments(torch.autograd.Function):
@@ -51,6 +56,41 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = Moments.apply(x)
         return mean, variance
     return Moments.forward(x)
+
+
+class Spread(torch.autograd.Function):
+    """Mean and standard deviation (of n - 1) over the positions of (G, N, C), each (G, C), in the dtype of the values.
+
+    By torch's kernel; its own gradient takes five passes over the values, this one a single pass.
+    """
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation; a single position has deviation 0."""
+        deviation, mean = torch.std_mean(x, dim=1, correction=0 if certain(x.shape[1] == 1) else 1)
+        return mean, deviation
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the values and both results."""
+        ctx.save_for_backward(inputs[0], *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_deviation: Tensor) -> Tensor:
+        """dL/dmean / N + (x - mean) dL/ddeviation / deviation / (N - 1); 0 for the latter where values are equal."""
+        x, mean, deviation = ctx.saved_tensors
+        slope = (grad_deviation / deviation).masked_fill_(deviation == 0, 0)
+        share = 1 / max(x.shape[1] - 1, 1)
+        offset = torch.addcmul(grad_mean / x.shape[1], slope, mean, value=-share)
+        return torch.addcmul(offset[:, None], x, slope[:, None], value=share)
+
+
+def spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of `x` (G, N, C) over N, each (G, C), in the dtype of `x`."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        mean, deviation = Spread.apply(x)
+        return mean, deviation
+    return Spread.forward(x)
 
 
 def uses_batch(norm: _BatchNorm, count: int) -> bool:
@@ -92,28 +132,38 @@ def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: int) -> None:
     norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), share)
 
 
+def by_kernel(x: Tensor) -> bool:
+    """Whether norms of `x` are left to torch's kernels, and nothing is folded into anything: not on the CPU."""
+    return x.device.type != "cpu"
+
+
 def batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     """`norm` of the last axis of `x` (B, *S, C), in the dtype of `x`."""
     count = x.numel() // x.shape[-1]
     if isinstance(norm, nn.SyncBatchNorm) and uses_batch(norm, count):  # its statistics span processes
         out: Tensor = norm(x.movedim(-1, 1)).movedim(1, -1)
         return out
+    if by_kernel(x):
+        return _kernel_batch_norm(norm, x.movedim(-1, 1), uses_batch(norm, count)).movedim(1, -1)
     statistics = None
     if uses_batch(norm, count):
         if x.is_contiguous() and x.dtype == norm.weight.dtype:
-            return _dense_batch_norm(norm, x.reshape(count, x.shape[-1])).reshape(x.shape)
+            return _kernel_batch_norm(norm, x.reshape(count, x.shape[-1]), True).reshape(x.shape)
         mean, variance = moments(x.reshape(1, count, x.shape[-1]))
         statistics = mean[0], variance[0]
     scale, shift = scale_and_shift(norm, statistics, count)
     return multiply_add(x, scale, shift)
 
 
-def _dense_batch_norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """`norm` in training of dense rows `x` (N, C), on which torch's own kernel is several times quicker."""
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    share = 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, share, norm.eps)
+def _kernel_batch_norm(norm: _BatchNorm, x: Tensor, training: bool) -> Tensor:
+    """`norm` of `x` (B, C, *S) by torch's kernel; for dense rows (N, C) in training the best on the CPU too."""
+    share = 0.0 if norm.momentum is None else norm.momentum
+    if training:
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            share = 1.0 / float(norm.num_batches_tracked)
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, share, norm.eps)
 
 
 def multiply_add(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

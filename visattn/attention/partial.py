@@ -11,8 +11,8 @@ Deviations:
 - With one value per channel in training (PAT_ch's inner norm in a batch of one, every norm on a single position)
   torch's batch norm raises; here the running statistics are used, see `_norm.py`. Where the official code works, the
   numbers are the same.
-- PAT_ch does not run its second norm over the features again: the moments of gated features follow from the moments of
-  each image, which the gate needs anyway.
+- On the CPU PAT_ch does not run its second norm over the features again: the moments of gated features follow from the
+  moments of each image, which the gate needs anyway.
 - Rank 3: a 3-D convolution, and distances in three axes. Logits and softmax are float32 under half precision.
 
 Legend: B batch, *S spatial axes with N positions, C channels, c attended channels, h heads, d channels of a head.
@@ -29,7 +29,16 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._depthwise import FEW
-from visattn.attention._norm import batch_norm, moments, multiply_add, scale_and_shift, track, uses_batch
+from visattn.attention._norm import (
+    batch_norm,
+    by_kernel,
+    moments,
+    multiply_add,
+    scale_and_shift,
+    spread,
+    track,
+    uses_batch,
+)
 from visattn.attention._partial_spatial import SpatialStep
 from visattn.attention._precision import autocast_enabled, exact_logits, without_autocast
 from visattn.attention._windows import certain, flat_index
@@ -81,7 +90,7 @@ class ChannelGate(nn.Module):
     def forward(self, mean: Tensor, deviation: Tensor) -> Tensor:
         """The gate (B, c), between 0 and 1, of mean and standard deviation (B, c)."""
         # A (1, 2) kernel on a (1, 2) map of (mean, deviation) is a linear layer over both.
-        statistics = torch.stack((mean, deviation), dim=-1).flatten(1).to(self.cfc1.weight.dtype)
+        statistics = torch.stack((mean, deviation), dim=-1).flatten(1)
         return F.hardsigmoid(batch_norm(self.bn, F.linear(statistics, self.cfc1.weight.flatten(1))))
 
 
@@ -119,13 +128,17 @@ class PartialChannelAttention(nn.Module):
         """Gate and normalise `x` (B, *S, c)."""
         batch, channels = x.shape[0], x.shape[-1]
         positions = math.prod(x.shape[1:-1])
+        each = (batch, *(1,) * self.rank, channels)
+        if by_kernel(x):
+            gate = self.attn(*spread(x.flatten(1, -2)))
+            return batch_norm(self.norm, x * gate.reshape(each).to(x.dtype))
         mean, variance = moments(x.reshape(batch, positions, channels))  # (B, c)
         # The root has no slope at 0, where a constant channel must have slope 0.
         varies = variance > 0
         unbiased = torch.where(varies, variance, 1) * (positions / max(positions - 1, 1))
-        gate = self.attn(mean, unbiased.sqrt() * varies).to(mean.dtype)
+        kind = self.norm.weight.dtype
+        gate = self.attn(mean.to(kind), (unbiased.sqrt() * varies).to(kind)).to(mean.dtype)
         count = batch * positions
-        each = (batch, *(1,) * self.rank, channels)
         if isinstance(self.norm, nn.SyncBatchNorm) and uses_batch(self.norm, count):
             return batch_norm(self.norm, x * gate.reshape(each).to(x.dtype))
         statistics = None
@@ -184,6 +197,7 @@ class PartialSpatialAttention(nn.Module):
         return (
             all(uses_batch(norm, x.numel() // self.dim) for norm in (self.norm, self.norm2))
             and not any(isinstance(norm, nn.SyncBatchNorm) for norm in (self.norm, self.norm2))
+            and not by_kernel(x)
             and x.dtype == self.conv.weight.dtype == self.norm.weight.dtype
             and x.dtype.itemsize >= 4
             and not autocast_enabled(x.device)
@@ -211,11 +225,11 @@ class PartialSpatialAttention(nn.Module):
         return joined
 
     def _convolve(self, x: Tensor) -> Tensor:
-        """The 1x1 convolution of the normalised `x` (B, *S, c), norm and convolution as one linear layer."""
+        """The 1x1 convolution of the normalised `x` (B, *S, c); on the CPU norm and convolution as one linear layer."""
         count = x.numel() // x.shape[-1]
         weight = self.conv.weight.flatten(1)
         batch = uses_batch(self.norm2, count)
-        if isinstance(self.norm2, nn.SyncBatchNorm) and batch:
+        if by_kernel(x) or (isinstance(self.norm2, nn.SyncBatchNorm) and batch):
             return F.linear(batch_norm(self.norm2, x), weight)
         statistics = None
         if batch:
@@ -243,31 +257,31 @@ class EuclideanBias(nn.Module):
 
     def forward(self, size: tuple[int, ...]) -> Tensor:
         """The bias (h, N, N) of all pairs of positions of a map of `size`."""
-        device = self.lookup_table_bias.device
-        rank = len(size)
-        entries = _entries(size, device) if torch.compiler.is_compiling() else _kept_entries(size, device)
+        rank, device = len(size), self.lookup_table_bias.device
+        entries, pairs = _entries(size, device) if torch.compiler.is_compiling() else _kept_entries(size, device)
         bias = self.lookup_table_bias[:, entries]  # (h, 2 s_1 - 1, ...), by offset
-        for axis, each in enumerate(size, 1):
-            line = torch.arange(each, device=device)
-            pairs = line - line[:, None] + (each - 1)  # (query, key): where their offset stands
-            bias = bias.index_select(axis, pairs.flatten())
+        for axis, each in enumerate(pairs, 1):
+            bias = bias.index_select(axis, each)
         bias = bias.reshape(-1, *(side for each in size for side in (each, each)))  # (h, s_1, s_1, s_2, s_2, ...)
         bias = bias.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2))
         return bias.reshape(-1, math.prod(size), math.prod(size))
 
 
-def _entries(size: tuple[int, ...], device: torch.device) -> Tensor:
-    """The entry of the table for each offset between two positions of a map of `size`, (2 s_1 - 1, ...)."""
+def _entries(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Entries of the table by offset, (2 s_1 - 1, ...), and along each axis the offset of every pair, (s_i * s_i)."""
     rank = len(size)
     squares = torch.zeros((1,) * rank, device=device)
+    pairs = []
     for axis, each in enumerate(size):
         offsets = torch.arange(2 * each - 1, device=device, dtype=torch.float32) - (each - 1)
         squares = squares + offsets.square().reshape(*(1,) * axis, -1, *(1,) * (rank - 1 - axis))
-    return BETA + bucket(squares.sqrt())
+        line = torch.arange(each, device=device)
+        pairs.append((line - line[:, None] + (each - 1)).flatten())
+    return BETA + bucket(squares.sqrt()), pairs
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_entries(size: tuple[int, ...], device: torch.device) -> Tensor:
+def _kept_entries(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
     """As `_entries`, small and the same at every call: computing them takes longer than the bias itself."""
     with torch.inference_mode(False):  # so that a gradient may use them as well
         return _entries(size, device)
