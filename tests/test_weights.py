@@ -4,6 +4,7 @@ import os
 import pickle
 import socket
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -141,6 +142,21 @@ def test_the_classifier_may_be_left_out():
                 load_official("va_nat_mini", {**state, "head.weight": wrong}, **settings, **plan)
     with pytest.raises(UserError, match=r"unexpected: head\.scale"):
         load_official("va_nat_mini", {**state, "head.scale": torch.ones(1)}, num_classes=0, **plan)
+
+
+def test_backbones_with_official_weights_name_their_paper():
+    assert [name for name in official_backbones() if not timm.get_pretrained_cfg(name).paper_ids] == []
+
+
+def test_the_refusal_of_objects_says_how_to_go_on(tmp_path):
+    """Scripts save scores of NumPy beside the weights. The advice, followed, gives a file that is read."""
+    file, new = tmp_path / "w.pth", tmp_path / "new.pth"
+    torch.save({"model": {"a": torch.ones(1)}, "acc": np.float64(0.5)}, file)
+    with pytest.raises(UserError, match="refused") as caught:
+        read_weights(file)
+    advice = str(caught.value).split("alone: ")[1]
+    eval(advice, {"torch": torch, "FILE": file, "NEW": new})
+    assert read_weights(new) == {"a": torch.ones(1)}
 
 
 # Backbones from a file

@@ -198,7 +198,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if "GLOBAL" in str(error).upper():
             raise UserError(
                 f"{path}: holds Python objects, which could execute code when loaded: refused.\n"
-                "visattn reads tensors and plain values only; ask for the weights as .safetensors."
+                "visattn reads tensors and plain values only; ask for the weights as .safetensors, or, of a file\n"
+                'that you trust, save the tensors alone: torch.save(torch.load(FILE, weights_only=False)["model"], NEW)'
             ) from error
         raise UserError(f"{path}: no weights file: neither safetensors nor torch.save can read it.") from error
     except (

@@ -22,6 +22,7 @@ from visattn.blocks import Mlp, drop_path
 
 _logger = logging.getLogger(__name__)
 
+ORIGIN = {"origin_url": "https://github.com/LeapLabTHU/Agent-Attention", "paper_ids": "arXiv:2312.08874"}
 Size = tuple[int, int]
 Positions = Callable[[nn.Module], dict[str, str]]
 """Gives each `pos_embed` of a model with the prefix of an agent block on the same map."""

@@ -23,7 +23,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention
-from visattn.backbones._agent import Block, Size, check_size, fit_official, fit_on_load, stage_positions
+from visattn.backbones._agent import ORIGIN, Block, Size, check_size, fit_official, fit_on_load, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
 from visattn.backbones._build import build, config, image_size
 from visattn.backbones._cross_shaped import CrossShapedAttention
@@ -171,7 +171,7 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return fit_official(official, model, official_name, {})
 
 
-_CONFIG = config("stem.conv", fixed_input_size=True)
+_CONFIG = config("stem.conv", fixed_input_size=True, **ORIGIN)
 default_cfgs = generate_default_cfgs({f"va_agent_cswin_{size}": _CONFIG for size in "tsb"})
 _DEEP: dict[str, Any] = {"depths": (3, 6, 29, 2), "agent_blocks": (3, 6, 0, 0)}
 

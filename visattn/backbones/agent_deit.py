@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from visattn.attention import AgentAttention, FullAttention
 from visattn.backbones._agent import (
+    ORIGIN,
     Block,
     Size,
     check_size,
@@ -290,7 +291,7 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return fit_official(official, model, official_name, _positions(model))
 
 
-_CONFIG = config("stem.proj", fixed_input_size=True, pool_size=None)
+_CONFIG = config("stem.proj", fixed_input_size=True, pool_size=None, **ORIGIN)
 default_cfgs = generate_default_cfgs({f"va_agent_deit_{size}": _CONFIG for size in "tsb"})
 
 

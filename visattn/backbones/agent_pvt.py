@@ -22,7 +22,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention, FullAttention
-from visattn.backbones._agent import Block, Patches, fit_official, fit_on_load, stage_positions
+from visattn.backbones._agent import ORIGIN, Block, Patches, fit_official, fit_on_load, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
 from visattn.backbones._build import build, config, image_size
 from visattn.blocks import drop_path_rates, init_linear
@@ -129,7 +129,7 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return fit_official(official, model, official_name, stage_positions(model))
 
 
-_CONFIG = config("stem.proj", fixed_input_size=True)
+_CONFIG = config("stem.proj", fixed_input_size=True, **ORIGIN)
 default_cfgs = generate_default_cfgs({f"va_agent_pvt_{size}": _CONFIG for size in "tsml"})
 
 

@@ -28,7 +28,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from visattn.attention import AgentAttention, WindowAttention
-from visattn.backbones._agent import Block, Patches, Size, fit_official, fit_on_load, stage_positions
+from visattn.backbones._agent import ORIGIN, Block, Patches, Size, fit_official, fit_on_load, stage_positions
 from visattn.backbones._backbone import Backbone, Head, Stage
 from visattn.backbones._build import build, config, image_size
 from visattn.blocks import PatchMerging, drop_path_rates, init_linear
@@ -147,7 +147,7 @@ def translate(official: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     return fitting
 
 
-_CONFIG = config("stem.proj", fixed_input_size=True)
+_CONFIG = config("stem.proj", fixed_input_size=True, **ORIGIN)
 default_cfgs = generate_default_cfgs({f"va_agent_swin_{size}": _CONFIG for size in "tsb"})
 
 

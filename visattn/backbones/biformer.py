@@ -314,7 +314,12 @@ def arguments(official: Mapping[str, Tensor]) -> dict[str, Any]:
     return {"extra_norms": True, "n_win": 8} if "extra_norms.0.weight" in official else {}
 
 
-_CFG = config("stem.layers.0")
+ORIGIN: dict[str, Any] = {
+    "license": "mit",
+    "origin_url": "https://github.com/rayleizhu/BiFormer",
+    "paper_ids": "arXiv:2303.08810",
+}
+_CFG = config("stem.layers.0", **ORIGIN)
 # Stochastic depth as in the authors' training commands.
 _TINY: dict[str, Any] = {"drop_path_rate": 0.1}
 _SMALL: dict[str, Any] = {"depths": (4, 4, 18, 4), "drop_path_rate": 0.15}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from visattn.backbones import biformer as default
 from visattn.backbones._build import build, config
 
-_CFG = config("stem.layers.0")
+_CFG = config("stem.layers.0", **default.ORIGIN)
 _STL: dict[str, Any] = {"form": "stl", "depths": (2, 2, 6, 2), "widths": (96, 192, 384, 768), "mlp_ratio": 4.0}
 _NCHW: dict[str, Any] = {**_STL, "form": "stl_nchw", "topks": (1, 4, 16, -1)}
 

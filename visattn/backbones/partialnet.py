@@ -259,7 +259,12 @@ def arguments(official: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
-_CFG = config("stem.conv", crop_pct=0.9)  # as in the authors' test
+_CFG = config(
+    "stem.conv",
+    crop_pct=0.9,  # as in the authors' test
+    origin_url="https://github.com/haiduo/PartialNet",
+    paper_ids=("arXiv:2502.01303", "arXiv:2503.03148"),
+)
 _PLANS: dict[str, dict[str, Any]] = {
     "t0": {"act": "gelu"},
     "t1": {"embed_dim": 48, "act": "gelu", "pat_sp": True, "drop_path_rate": 0.02},
