@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visattn.attention._backend import scaled_dot_product
+from visattn.attention._precision import autocast_enabled, exact
 from visattn.attention._windows import overlapping_windows
 
 CHUNK = 2**17  # logits computed at a time; with their gradient they fit a second-level cache of 1 MiB
@@ -65,9 +66,14 @@ def halo_product(q: Tensor, kv: Tensor, tables: Tensor, layout: Layout) -> Tenso
 
 
 def relative_logits(q: Tensor, tables: Tensor, layout: Layout) -> Tensor:
-    """Logits (n, h, Q, A) for each place of a key along each axis, of queries (n, Q, h, d); float32 at least."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    every = F.linear(q.transpose(1, 2).to(dtype), tables.to(dtype))  # (n, h, Q, R)
+    """Logits (n, h, Q, A) for each place of a key along each axis, of queries (n, Q, h, d).
+
+    They are float32 at least, but for autocast, under which a product comes in half precision whatever it is made of.
+    """
+    q = q.transpose(1, 2)
+    if not autocast_enabled(q.device):
+        q, tables = exact(q), exact(tables)
+    every = F.linear(q, tables)  # (n, h, Q, R)
     own = every.gather(-1, layout.rows.expand(*every.shape[:2], *layout.rows.shape))
     return own if layout.relative_scale == 1 else own * layout.relative_scale
 

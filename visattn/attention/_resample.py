@@ -10,7 +10,7 @@ Legend: B batch, *S spatial axes, *T those of the result, C channels.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,23 @@ from visattn.attention._backend import launch_bound
 from visattn.attention._precision import exact
 from visattn.attention._windows import regroup
 
-KEPT = 2**21  # entries at most of a matrix that resamples all axes at once
+Made = TypeVar("Made")
+KEPT = 2**21  # entries at most of what is kept from call to call
 
 
-def kept(make: Callable[..., Tensor], like: Tensor, *sizes: Any) -> Tensor:
-    """`make(*sizes, like)`, a matrix of sizes alone with the device and dtype of `like`, computed once if it can be.
+def kept(make: Callable[..., Made], like: Tensor, *sizes: Any) -> Made:
+    """`make(*sizes, like)`, tensors of sizes alone with the device and dtype of `like`, computed once if they can be.
 
-    It takes longer to compute than to use. A tensor without values, or of a subclass, may not outlast the call.
+    They take longer to compute than to use. A tensor without values, or of a subclass, may not outlast the call.
     """
     if torch.compiler.is_compiling() or like.is_meta or type(like) not in (Tensor, nn.Parameter):
         return make(*sizes, like)
-    return _kept(make, like.device, like.dtype, *sizes)
+    made: Made = _kept(make, like.device, like.dtype, *sizes)
+    return made
 
 
-@functools.lru_cache(maxsize=128)
-def _kept(make: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, *sizes: Any) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _kept(make: Callable[..., Any], device: torch.device, dtype: torch.dtype, *sizes: Any) -> Any:
     with torch.inference_mode(False):  # so that a gradient may use it as well
         return make(*sizes, torch.empty(0, device=device, dtype=dtype))
 

@@ -20,7 +20,7 @@ a block, K keys of a window, h heads, d channels of a head of queries and keys, 
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,17 @@ from torch import Tensor, nn
 
 from visattn.attention import _checks as check
 from visattn.attention._halo_product import Layout, halo_product, relative_logits
-from visattn.attention._windows import ceil_div, every, flat_index, pad_axes, room, window_partition, window_reverse
+from visattn.attention._resample import KEPT, kept
+from visattn.attention._windows import (
+    ceil_div,
+    certain,
+    every,
+    flat_index,
+    pad_axes,
+    room,
+    window_partition,
+    window_reverse,
+)
 from visattn.attention.lepe import CONV, pointwise
 
 AXES = ("depth_rel", "height_rel", "width_rel")
@@ -200,37 +210,18 @@ class HaloAttention(nn.Module):
         return q, kv, self._layout(sizes, counts, padded, q)
 
     def _layout(self, sizes: Sequence[int], counts: Sequence[int], padded: Sequence[int], q: Tensor) -> Layout:
-        device = q.device
-        others = torch.meshgrid(*(torch.arange(w, device=device) for w in self.window), indexing="ij")
-        block = torch.arange(math.prod(counts), device=device)
-        keys = torch.zeros(1, 1, dtype=torch.long, device=device)
-        outside = torch.zeros(1, 1, dtype=torch.bool, device=device)
-        inner, stride = math.prod(counts), math.prod(padded)
-        spans = zip(sizes, counts, padded, self.block_size, self.halo_size, others, strict=True)
-        for size, count, length, b, t, other in spans:
-            inner, stride = inner // count, stride // length
-            at = (block // inner % count * b)[:, None] + other.reshape(1, -1)  # (N, K), along this axis
-            keys = keys + at * stride
-            outside = outside | (at < t) | (at >= size + t)
-        outside = outside & ~outside.all(1, keepdim=True)  # a block that `room` added attends to zeros, not to nothing
-
-        places = torch.meshgrid(*(torch.arange(b, device=device) for b in self.query_block), indexing="ij")
-        rows, axes, first = [], [], 0
-        for place, other, w in zip(places, others, self.window, strict=True):
-            along = torch.arange(w, device=device)
-            rows.append(along - place.reshape(-1, 1) + w - 1 + first)  # (Q, w)
-            axes.append(along[:, None] == other.reshape(1, -1))  # (w, K)
-            first += 2 * w - 1
-        return Layout(
-            window=self.window,
-            step=self.block_size,
-            keys=keys,
-            rows=torch.cat(rows, dim=1),
-            axes=torch.cat(axes).to(torch.promote_types(q.dtype, torch.float32)),
-            outside=outside if self.boundary == "mask" else None,
-            scale=self.scale,
-            relative_scale=self.scale if self.scale_pos_embed else 1.0,
+        plan = _Plan(
+            self.window,
+            self.block_size,
+            self.halo_size,
+            self.query_block,
+            self.boundary == "mask",
+            self.scale,
+            self.scale if self.scale_pos_embed else 1.0,
         )
+        maps = tuple(sizes), tuple(counts), tuple(padded)
+        small = certain(math.prod(counts) * math.prod(self.window) <= KEPT)
+        return kept(_layout, q, plan, *maps) if small else _layout(plan, *maps, q)
 
     def extra_repr(self) -> str:
         """Settings for `repr`."""
@@ -239,3 +230,52 @@ class HaloAttention(nn.Module):
             f"block_size={self.block_size}, halo_size={self.halo_size}, dim_head={self.dim_head}, "
             f"boundary={self.boundary!r}"
         )
+
+
+class _Plan(NamedTuple):
+    """What a layout depends on beside the sizes of the map, see `HaloAttention` and `Layout`."""
+
+    window: tuple[int, ...]
+    block: tuple[int, ...]
+    halo: tuple[int, ...]
+    query_block: tuple[int, ...]
+    masked: bool
+    scale: float
+    relative_scale: float
+
+
+def _layout(
+    plan: _Plan, sizes: tuple[int, ...], counts: tuple[int, ...], padded: tuple[int, ...], like: Tensor
+) -> Layout:
+    """Which key lies where in a map of `sizes`, of `counts` blocks and `padded` to these sizes; types as for `like`."""
+    device = like.device
+    others = torch.meshgrid(*(torch.arange(w, device=device) for w in plan.window), indexing="ij")
+    block = torch.arange(math.prod(counts), device=device)
+    keys = torch.zeros(1, 1, dtype=torch.long, device=device)
+    outside = torch.zeros(1, 1, dtype=torch.bool, device=device)
+    inner, stride = math.prod(counts), math.prod(padded)
+    spans = zip(sizes, counts, padded, plan.block, plan.halo, others, strict=True)
+    for size, count, length, b, t, other in spans:
+        inner, stride = inner // count, stride // length
+        at = (block // inner % count * b)[:, None] + other.reshape(1, -1)  # (N, K), along this axis
+        keys = keys + at * stride
+        outside = outside | (at < t) | (at >= size + t)
+    outside = outside & ~outside.all(1, keepdim=True)  # a block that `room` added attends to zeros, not to nothing
+
+    places = torch.meshgrid(*(torch.arange(b, device=device) for b in plan.query_block), indexing="ij")
+    rows, axes, first = [], [], 0
+    for place, other, w in zip(places, others, plan.window, strict=True):
+        along = torch.arange(w, device=device)
+        rows.append(along - place.reshape(-1, 1) + w - 1 + first)  # (Q, w)
+        axes.append(along[:, None] == other.reshape(1, -1))  # (w, K)
+        first += 2 * w - 1
+    return Layout(
+        window=plan.window,
+        step=plan.block,
+        keys=keys,
+        rows=torch.cat(rows, dim=1),
+        axes=torch.cat(axes).to(torch.promote_types(like.dtype, torch.float32)),
+        outside=outside if plan.masked else None,
+        scale=plan.scale,
+        relative_scale=plan.relative_scale,
+    )
