@@ -165,7 +165,7 @@ def _resized(table: Tensor, partition: tuple[int, int], always: bool = False) ->
         # Of torch, about how timm's interpolation indexes; its result is tested.
         warnings.filterwarnings("ignore", module=r"timm\.layers\.interpolate")
         out: Tensor = layers.resize_rel_pos_bias_table(table, new_window_size=partition, new_bias_shape=shape)
-    return out
+    return out.reshape(shape)  # older releases of timm drop the axis of a single head
 
 
 def _fit_on_load(model: nn.Module, state: dict[str, Any], prefix: str, *_others: Any) -> None:
