@@ -113,6 +113,7 @@ def test_any_memory_layout_and_no_image(name, rank):
 
 @contract.planar
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")  # full precision is meant
 def test_compiles(name, rank):
     block = contract.build(name, rank).to(DEVICE)
     xs = [x.to(DEVICE) for x in contract.inputs(name, contract.PLAIN[rank])]
