@@ -272,7 +272,8 @@ def evaluate(
     data.setup(stage)
     split = "val" if stage == "validate" else "test"
     if not data.cases[split]:
-        key = "data.split.val" if split == "val" else "data.test_root or data.split.test"
+        folder = "data.test_root or " if hasattr(data, "test_roots") else ""
+        key = "data.split.val" if split == "val" else f"{folder}data.split.test"
         raise UserError(f"{stage}: the recipe names no {split} cases; set {key}")
     task.configure_model()
     _check_weights(task, checkpoint)

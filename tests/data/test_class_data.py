@@ -343,6 +343,8 @@ def test_augmentation_leaves_the_global_generators_alone():
     ("entry", "message"),
     [
         ({"name": "randaugment", "config": "rnd-m9"}, "timm knows no"),
+        ({"name": "randaugment", "config": "rand-mX"}, "knows no section 'mX'"),
+        ({"name": "randaugment", "config": "rand-m15-n2"}, "takes magnitude 15 as 10; add mmax15"),
         ({"name": "randaugmnt"}, "Did you mean 'randaugment'"),
         ({"name": "random_resized_crop", "scale": [1, 0.5]}, "smaller number first"),
         ({"name": "erasing", "mode": "noise"}, "const, rand or pixel"),

@@ -5,6 +5,7 @@ Python, NumPy and torch, which are seeded from it for the call and put back afte
 """
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -248,10 +249,25 @@ def _global_generators(rng: np.random.Generator) -> Iterator[None]:
 
 
 def _check_policy(name: str, config: Any) -> None:
+    where = f"augment: {name}.config:"
     try:
-        _policy(str(config), (128, 128, 128), 224)
+        policy = _policy(str(config), (128, 128, 128), 224)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"augment: {name}.config: timm knows no {config!r:.80} ({error})") from error
+        raise UserError(f"{where} timm knows no {config!r:.80} ({error})") from error
+    if not str(config).startswith("rand"):
+        return
+    # timm passes over sections without a number, and takes large magnitudes for smaller ones.
+    strange = [
+        part for part in str(config).split("-")[1:] if not re.fullmatch(r"(m|n|p|mstd|mmax|inc)\d[\d.]*|t\w+", part)
+    ]
+    if strange:
+        raise UserError(f"{where} timm knows no section {strange[0]!r:.40}; write it as rand-m9-n2-mstd0.5-inc1")
+    most = max(change.magnitude - (change.magnitude_max or 10) for change in policy.ops)
+    if most > 0:
+        magnitude = policy.ops[0].magnitude
+        raise UserError(
+            f"{where} timm takes magnitude {magnitude} as {magnitude - most}; add mmax{magnitude}, or lower it"
+        )
 
 
 @lru_cache(maxsize=64)
