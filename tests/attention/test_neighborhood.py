@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.export import Dim
 
+from visattn.attention import _neighborhood_gathered as gathered
 from visattn.attention import _neighborhood_tiles as tiles
 from visattn.attention import _neighborhood_tiling as tiling
 from visattn.attention import _neighborhood_traced as traced
@@ -97,6 +98,8 @@ def forget():
 def call(setting, backend, rpb, q, k, v, lse=True):
     if backend == "traced":
         return neighborhood_traced(q, k, v, setting.axes, q.shape[-1] ** -0.5, rpb, lse)
+    if backend == "gathered":  # what a GPU takes
+        return gathered.neighborhood_gathered(q, k, v, setting.axes, q.shape[-1] ** -0.5, rpb), None
     return attend(q, k, v, setting.axes, None, rpb, backend, lse)
 
 
@@ -179,6 +182,34 @@ class TestDefinition:
         for backend in ("torch", "traced"):
             for value, want in zip(gradients(setting, backend, *tensors, lse=lse), wanted, strict=True):
                 torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    @given(setting=random_settings(largest=(60, 20, 9)), seed=st.integers(0, 99))
+    @settings(max_examples=30, deadline=None)
+    def test_all_tiles_at_once_agree_forward_and_backward(self, setting, seed):
+        setting = setting._replace(repeat=1)
+        tensors = setting.tensors(seed=seed)
+        wanted = gradients(setting, "reference", *tensors, lse=False)
+        for value, want in zip(gradients(setting, "gathered", *tensors, lse=False), wanted, strict=True):
+            torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    def test_tiles_are_computed_at_once_where_that_takes_little_memory(self, monkeypatch):
+        """Few operators on a GPU, for which `meta` stands; pieces for volumes, several queries a key, large batches."""
+        calls = []
+        monkeypatch.setattr(tiles, "neighborhood_gathered", lambda query, *_: calls.append(query.shape) or query)
+
+        def taken(sizes, kernel, batch=1, groups=2, device="meta", lse=False):
+            calls.clear()
+            q = torch.empty(batch, *sizes, 2, 8, device=device)
+            k = torch.empty(batch, *sizes, groups, 8, device=device)
+            tiles.neighborhood_tiles(q, k, k, axes_of(len(sizes), kernel), 1.0, None, lse)
+            return bool(calls)
+
+        assert taken((28, 28), 7)
+        assert not taken((28, 28), 7, device="cpu")
+        assert not taken((28, 28), 7, lse=True)
+        assert not taken((28, 28), 7, groups=1)
+        assert not taken((28, 28), 7, batch=1100)
+        assert not taken((24, 24, 24), 5)
 
     @given(setting=random_settings(), seed=st.integers(0, 99), elements=st.integers(1, 5000), share=st.integers(0, 3))
     @settings(max_examples=40, deadline=None)

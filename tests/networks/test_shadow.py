@@ -13,10 +13,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
+from visattn.attention import _neighborhood_gathered as gathered
 from visattn.networks import create_model
 from visattn.shadow import as_on_gpu, attend, backward, on_meta
 
+PLAN_OF = gathered.plan_of
 PYRAMID = {"backbone": "va_pyramid", "backbone_args": {"widths": [16, 32], "depths": [1, 1], "strides": [2, 2]}}
 
 
@@ -42,6 +45,15 @@ SLOW = {
     "upernet": ({"name": "upernet", "backbone": "swin_tiny_patch4_window7_224", "width": 32}, (1, 3, 224, 224)),
     "daunet": ({"name": "daunet", "filters": [8, 16]}, (1, 1, 16, 16, 16)),
 }
+
+
+def planned(*settings):
+    """The plan of a map for tensors that hold nothing: for a real GPU it is made on the CPU, and kept."""
+    with _disable_current_modes():
+        plan = PLAN_OF(*settings[:3], torch.device("cpu"), *settings[4:])
+    return torch.utils._pytree.tree_map_only(
+        torch.Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype, device="cuda"), plan
+    )
 
 
 class Fused(TorchFunctionMode):
@@ -99,11 +111,13 @@ def kept_by_cuda(network, shape):
 
 @pytest.mark.filterwarnings("ignore:CUDA is not available")  # where a block turns autocast off
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
-def test_16_bits_keep_what_autocast_keeps(case):
+def test_16_bits_keep_what_autocast_keeps(case, monkeypatch):
+    monkeypatch.setattr(gathered, "_plain", lambda x: True)
     config, shape = {**CASES, **SLOW}[case]
     network = create_model(in_channels=shape[1], **config).train()
     with as_on_gpu(torch.bfloat16):
         ours = kept(on_meta(network), torch.empty(shape, device="meta"))
+    monkeypatch.setattr(gathered, "plan_of", planned)
     assert ours == kept_by_cuda(network, shape)
     assert "torch.bfloat16" in {kind for _, _, kind in ours}
 

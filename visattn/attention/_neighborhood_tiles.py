@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from visattn.attention._backend import scaled_dot_product, scaled_dot_product_lse, softmax_backward
+from visattn.attention._neighborhood_gathered import fits, neighborhood_gathered
 from visattn.attention._neighborhood_plan import Box, Layout, View, boxes_of, turns_of, view_of
 from visattn.attention._neighborhood_tiling import Tiling, tiling_of
 from visattn.attention._neighborhood_windows import Axis
@@ -264,5 +265,7 @@ def neighborhood_tiles(
             tiling = tiling_of(tuple(sizes), axes, batch, groups, heads // groups, width)
             if tiling.whole is not None:
                 return _dense(query, key, value, tiling.bias(tiling.whole, None, query.new_empty(0)), scale), None
+        if query.device.type != "cpu" and not with_lse and fits(query, key, axes):
+            return neighborhood_gathered(query, key, value, axes, scale, rpb), None
         out, lse = TiledAttention.apply(query, key, value, rpb, axes, scale, with_lse)
     return out, lse if with_lse else None

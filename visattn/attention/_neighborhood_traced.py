@@ -23,7 +23,7 @@ from visattn.attention._precision import without_autocast
 TILE = {1: 32, 2: 8, 3: 4}
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How one axis is cut.
 
     Attributes:
@@ -39,7 +39,7 @@ class _Cut(NamedTuple):
     longest: int
 
     @classmethod
-    def of(cls, length: int, axis: Axis, rank: int) -> "_Cut":
+    def of(cls, length: int, axis: Axis, rank: int) -> "Cut":
         queries = math.ceil(TILE[rank] / axis.stride) * axis.stride
         # A short dilation group may begin one key before a long one, which shows if the tile is a single stride group.
         keys = queries - axis.stride + axis.kernel + (axis.dilation > 1 and queries == axis.stride)
@@ -47,7 +47,7 @@ class _Cut(NamedTuple):
         return cls(queries, keys, (longest + queries - 1) // queries, longest)
 
 
-class _Tiles(NamedTuple):
+class Tiles(NamedTuple):
     """All tiles of a map.
 
     Attributes:
@@ -63,7 +63,8 @@ class _Tiles(NamedTuple):
     offset: Tensor
 
 
-def _tiles(sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[_Cut], device: torch.device) -> _Tiles:
+def tiles_of(sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[Cut], device: torch.device) -> Tiles:
+    """The tiles of a map that is cut like that."""
     count = math.prod([cut.tiles * axis.dilation for cut, axis in zip(cuts, axes, strict=True)])
     # A symbolic number that might be 1 puts a condition on the sizes; one tile more, a copy of the first, avoids it.
     tile = torch.arange(count + isinstance(count, torch.SymInt), device=device)
@@ -87,11 +88,11 @@ def _tiles(sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[_Cut], dev
         query = query + step * (group + axis.dilation * x).clamp(max=length - 1)
         key = key + step * (group + axis.dilation * index).clamp(max=length - 1)
         step, table = step * length, table * (2 * axis.kernel - 1)
-    return _Tiles(query, key, seen, offset)
+    return Tiles(query, key, seen, offset)
 
 
-def _places(
-    sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[_Cut], device: torch.device
+def places_of(
+    sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[Cut], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """For every position (N,) the tile and the row in which it is a query."""
     position = torch.arange(math.prod(sizes), device=device)
@@ -118,8 +119,8 @@ def neighborhood_traced(
     """As `neighborhood_tiles`; arguments and results are the same."""
     batch, sizes, heads, groups = query.shape[0], query.shape[1:-2], query.shape[-2], key.shape[-2]
     repeat = heads // groups
-    cuts = [_Cut.of(size, axis, len(sizes)) for size, axis in zip(sizes, axes, strict=True)]
-    tiles = _tiles(sizes, axes, cuts, query.device)
+    cuts = [Cut.of(size, axis, len(sizes)) for size, axis in zip(sizes, axes, strict=True)]
+    tiles = tiles_of(sizes, axes, cuts, query.device)
 
     def gather(x: Tensor, index: Tensor) -> Tensor:
         """(B, *S, heads, c) -> (T, B * G, R * tokens, c)."""
@@ -138,7 +139,7 @@ def neighborhood_traced(
             out, lse = scaled_dot_product_lse(q, k, v, mask, scale)
         else:
             out, lse = scaled_dot_product(q, k, v, mask, scale), None
-    tile, row = _places(sizes, axes, cuts, query.device)
+    tile, row = places_of(sizes, axes, cuts, query.device)
 
     def scatter(x: Tensor) -> Tensor:
         """(T, B * G, R * q, c) -> (B, *S, H, c)."""

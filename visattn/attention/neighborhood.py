@@ -30,7 +30,7 @@ from visattn.attention._neighborhood_tiles import neighborhood_tiles
 from visattn.attention._neighborhood_traced import neighborhood_traced
 from visattn.attention._neighborhood_windows import Axis, axes_of, bounds, check_fits
 from visattn.attention._precision import autocast_enabled, autocast_type, exact, without_autocast
-from visattn.attention._windows import flat_index
+from visattn.attention._windows import flat_index, known_zero
 
 Backend = Literal["auto", "reference", "torch", "natten"]
 SmallMaps = Literal["clip", "pad", "error"]
@@ -275,8 +275,9 @@ class NeighborhoodAttention(nn.Module):
         query, key, value = self._project(x)
         out, _ = attend(query, key, value, self.axes, self.scale, self.rpb, self.backend, False)
         out = out.flatten(-2)
-        for number, size in enumerate(x.shape[1:-1]):
-            out = out.narrow(1 + number, 0, size)
+        for number, size in enumerate(x.shape[1:-1], start=1):
+            if not known_zero(out.shape[number] - size):
+                out = out.narrow(number, 0, size)
         projected: Tensor = self.proj_drop(self.proj(out))
         return projected
 
@@ -288,7 +289,8 @@ class NeighborhoodAttention(nn.Module):
             check_fits(sizes, self.axes)
         elif self.small_maps == "pad":
             missing = [max(axis.kernel * axis.dilation - size, 0) for axis, size in zip(self.axes, sizes, strict=True)]
-            x = F.pad(x, [0, 0] + [each for gap in reversed(missing) for each in (0, gap)])
+            if not known_zero(*missing):  # padding by nothing would copy
+                x = F.pad(x, [0, 0] + [each for gap in reversed(missing) for each in (0, gap)])
         qkv = torch.unflatten(self.qkv(x), -1, (3, self.num_heads, self.dim // self.num_heads))
         query, key, value = qkv.unbind(-3)
         return query, key, value
