@@ -1,8 +1,13 @@
 """Weights from files: taken completely or not at all, and nothing in them is executed."""
 
+import argparse
+import codecs
+import datetime
 import os
 import pickle
 import socket
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -148,10 +153,47 @@ def test_backbones_with_official_weights_name_their_paper():
     assert [name for name in official_backbones() if not timm.get_pretrained_cfg(name).paper_ids] == []
 
 
+class CfgNode(dict):
+    """Settings as the library yacs keeps them, saved under its name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.frozen = True
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_authors_save_beside_weights_is_passed_over(tmp_path, monkeypatch, old):
+    """Scores of NumPy and settings: a stand-in is made of them, and nothing is imported for it."""
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = CfgNode
+    monkeypatch.setattr(CfgNode, "__module__", "yacs.config")
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", yacs)
+    beside = {"config": CfgNode(MODEL=CfgNode(DEPTHS=[1, 2])), "args": argparse.Namespace(lr=[0.1])}
+    scores = {"best": np.float64(0.5), "epoch": np.int64(3), "all": [np.float32(1)]}
+    file = tmp_path / "w.pth"
+    torch.save({"model": {"a": torch.ones(1)}, **beside, **scores}, file, _use_new_zipfile_serialization=not old)
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    assert read_weights(file) == {"a": torch.ones(1)}
+    assert "yacs.config" not in sys.modules
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)  # the permission ended with the reading
+
+
+def test_a_text_that_takes_ages_to_encode_is_refused(tmp_path):
+    class Slow:
+        def __reduce__(self):
+            return codecs.encode, ("\u0101" * 9, "Puny-Code")
+
+    torch.save({"model": {"a": torch.ones(1)}, "x": Slow()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="refused"):
+        read_weights(tmp_path / "w.pth")
+
+
 def test_the_refusal_of_objects_says_how_to_go_on(tmp_path):
-    """Scripts save scores of NumPy beside the weights. The advice, followed, gives a file that is read."""
+    """The advice, followed, gives a file that is read."""
     file, new = tmp_path / "w.pth", tmp_path / "new.pth"
-    torch.save({"model": {"a": torch.ones(1)}, "acc": np.float64(0.5)}, file)
+    torch.save({"model": {"a": torch.ones(1)}, "date": datetime.date(2026, 1, 2)}, file)
     with pytest.raises(UserError, match="refused") as caught:
         read_weights(file)
     advice = str(caught.value).split("alone: ")[1]

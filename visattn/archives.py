@@ -16,8 +16,10 @@ from visattn.errors import UserError
 PLAIN = re.compile(r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (\w+Storage|Size)")
 """Objects that a checkpoint of visattn is made of, besides plain values."""
 
-FOREIGN = re.compile(r"(?!(builtins|__builtin__) bytearray$|_codecs encode$).*", re.DOTALL)
+FOREIGN = re.compile(r"(?!(builtins|__builtin__) bytearray$).*", re.DOTALL)
 """Objects that weights from elsewhere may hold, as far as torch permits them."""
+
+_SLOW_CODECS = ("punycode", "idna")  # time grows with the square of a text; NumPy's numbers are saved as text in latin1
 
 _LEGACY = 5  # pickles at the start of a file of torch before 1.6
 
@@ -64,6 +66,8 @@ def _check_pickle(
             named = str(argument) if operation.name == "GLOBAL" else operation.name
             if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not permitted.fullmatch(named):
                 raise pickle.UnpicklingError(f"GLOBAL {named}")
+            if isinstance(argument, str) and re.sub(r"\W|_", "", argument).lower() in _SLOW_CODECS:
+                raise pickle.UnpicklingError(f"GLOBAL codec {argument}")
     except pickle.UnpicklingError:
         raise
     except Exception:  # whatever pickletools makes of bytes that are no pickle; torch refuses them by its own words

@@ -1,7 +1,8 @@
 """Weights from elsewhere: files read without executing anything, official checkpoints taken over by name.
 
-Every file is read as tensors and plain values only (safetensors, or torch.load with weights_only=True). An official
-state dict is matched key by key: each of its entries is used or known to be unused, and each of ours is set.
+Every file is read as tensors and plain values only (safetensors, or torch.load with weights_only=True); of a few named
+classes that authors save beside them, a stand-in is made that keeps nothing. An official state dict is matched key by
+key: each of its entries is used or known to be unused, and each of ours is set.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +43,33 @@ _FORMATS = (struct.error, zipfile.BadZipFile)  # what readers of binary formats 
 # In this order: where a file holds weights and their moving average, the weights are taken.
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "model_state", "net", "model_ema", "state_dict_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and torch.compile
+
+
+class _Unread:
+    """Stands for an object beside the weights; takes whatever it is made of and keeps nothing."""
+
+    def __init__(self, *_parts: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _UnreadTable:
+    """The same for a subclass of dict, which torch fills only if it is one of Python's own."""
+
+    def __new__(cls, *_parts: Any) -> Any:
+        return OrderedDict()
+
+
+_BESIDE: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_Unread, "argparse.Namespace"),
+    (_UnreadTable, "yacs.config.CfgNode"),
+    (_Unread, "numpy.core.multiarray.scalar"),
+    (_Unread, "numpy._core.multiarray.scalar"),
+    (_Unread, "numpy.dtype"),
+]
+"""What authors save beside weights, settings and scores: their names, and what is made in their place."""
 
 
 def load_official(name: str, state_dict: Mapping[str, Any] | str | Path, **kwargs: Any) -> nn.Module:
@@ -190,7 +219,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             # A pickle protocol that torch does not write itself; what it cannot read, it refuses below.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             check_saved(path, FOREIGN)
-            return unwrap(torch.load(path, map_location="cpu", weights_only=True))
+            with torch.serialization.safe_globals(_BESIDE):
+                return unwrap(torch.load(path, map_location="cpu", weights_only=True))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
