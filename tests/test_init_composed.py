@@ -61,7 +61,7 @@ def test_images_get_the_network_that_is_asked_for(nuclei, tmp_path, capsys):
 def test_volumes_get_the_network_that_is_asked_for(hippocampi, tmp_path):
     tree = written(hippocampi, tmp_path / "r.yaml", "--attention", "halo")
     network, optimizer = (tree["model"]["init_args"][key] for key in ("network", "optimizer"))
-    assert (network["name"], network["dims"], network["backbone_args"]) == ("unet", 3, {"attention": "halo"})
+    assert (network["name"], network["dims"], network["backbone_args"]["attention"]) == ("unet", 3, "halo")
     assert optimizer["name"] == "adamw"
     tree = written(hippocampi, tmp_path / "u.yaml", "--network", "unet3d")
     assert "filters" in tree["model"]["init_args"]["network"], "the measured default keeps its own plan"
@@ -112,6 +112,13 @@ def test_slabs_get_strides_that_suit_them():
     assert len(strides) == 4
     assert strides[0] == list(SLABS.strides[0]) == [1, 2, 2]
     create_model(**thin.arguments)
+
+
+def test_patches_of_small_volumes_are_not_padded():
+    levels = plan_levels((40, 56, 40), (1, 1, 1))
+    assert levels.multiple == (8, 8, 8)
+    network = create_model(**network_for(LABELS, CPU, 1, levels, Wanted(attention="grid")).arguments)
+    assert network.padded_size((40, 56, 40)) == (40, 56, 40)
 
 
 def test_computed_costs_agree_with_measured_ones():

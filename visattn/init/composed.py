@@ -19,6 +19,7 @@ _SIDES = {2: 256, 3: 48}  # of the image that costs are computed for
 PYRAMID = "va_pyramid"
 _BACKBONES = {2: "va_pyramid_{size}", 3: "va_pyramid3d_{size}"}
 _BATCH = 2
+_STAGES = 4  # of a pyramid
 _LARGEST = 4096  # side of an image
 # Seconds of one core for each million pixels, fitted to the networks that were measured: for an operation of a
 # prediction and for a byte that a step keeps, a pixel; and what augmentation of volumes takes.
@@ -62,13 +63,15 @@ def network_for(
     if not wanted or wanted == Wanted(network=default):
         return choose_network(labels, machine, levels)
     arguments = wanted_arguments(wanted, 2 if levels is None else 3, machine)
-    if levels is not None and str(arguments.get("backbone", "")).startswith(PYRAMID) and not levels.plain:
-        steps = [list(step) for step in levels.strides[:4]]
-        steps += [[1, 1, 1]] * (4 - len(steps))
+    # The pyramid halves four times unless it is told otherwise, and pads what it cannot.
+    usual = levels is None or (levels.plain and len(levels.strides) >= _STAGES)
+    if levels is not None and str(arguments.get("backbone", "")).startswith(PYRAMID) and not usual:
+        steps = [list(step) for step in levels.strides[:_STAGES]]
+        steps += [[1, 1, 1]] * (_STAGES - len(steps))
         arguments["backbone_args"] = {**arguments.get("backbone_args", {}), "strides": steps}
     why = "as asked for; what it costs was computed"
     if "strides" in arguments.get("backbone_args", {}):
-        why += "; strides follow the voxels' shape"
+        why += "; strides follow the patch and the voxels' shape"
     title = arguments["name"] + (f" with {wanted.attention} attention" if wanted.attention else "")
     rank = 2 if levels is None else 3
     parameters, kept, seconds = _cost(repr(arguments), channels, labels.channels, rank)
