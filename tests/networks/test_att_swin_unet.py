@@ -14,6 +14,8 @@ CASES = {
     "cca_sa1_skip3": {"mode": "cross_contextual_attention", "spatial_attention": "1", "skip_num": "3"},
 }
 
+CROSSING = "cross_contextual_attention"
+
 
 def outputs(network, x):
     """Every map that the golden cases hold, by its name there."""
@@ -60,6 +62,51 @@ def test_parameters_are_the_official_ones(golden, variant):
     network = visattn.load_official("att_swin_unet", case.state_dict(), **CASES[variant])
     unused = 96 * 4 * 4 * 4 + 3 * 96 + 2 * 768  # the outer patch embedding and the decoder's first norm
     assert sum(p.numel() for p in network.parameters()) + unused == case.facts["parameters"]
+
+
+SETTINGS = [("swin", "3", "0"), ("swin", "0", "1"), *((CROSSING, number, "1") for number in "012")]
+
+
+@pytest.mark.slow  # whole networks of 41 and 47 million parameters, and the definition of each beside
+@pytest.mark.parametrize(("mode", "skip_num", "spatial_attention"), SETTINGS)
+def test_every_setting_computes_its_definition(golden, reference, mode, skip_num, spatial_attention):
+    """Settings that no stored case has, with another number of classes, in files with and without what is not used."""
+    case = golden("attswinunet", "swin_sa1_skip3" if mode == "swin" else "cca_sa1_skip3")
+    state = case.state_dict()
+    state["decoder.output.weight"] = state["decoder.output.weight"][:2]
+    crossed = [str(2 - i) for i in range(int(skip_num))] if mode == CROSSING else []
+
+    def join(level, x, skip):
+        if spatial_attention == "1" and mode == "swin":
+            both, name = torch.cat([x, skip], dim=-1), f"decoder.concat_back_dim.{3 - level}"
+            return nn.functional.linear(both, state[f"{name}.weight"], state[f"{name}.bias"]), skip
+        if str(level) not in crossed:
+            return x, skip
+        own = {key.removeprefix(f"decoder.Crossvit_layer.{level}."): value for key, value in state.items()}
+        streams = zip(x.flatten(1, 2), skip.flatten(1, 2), strict=True)
+        pairs = [reference("cross_contextual").exchange(*each, own, 8, 2, "code") for each in streams]
+        return tuple(
+            torch.stack(found).reshape(like.shape)
+            for found, like in zip(zip(*pairs, strict=True), (x, skip), strict=True)
+        )
+
+    x = case.input(0)
+    with torch.no_grad():
+        expected = reference("attswinunet").forward(x, state, join)
+    settings = {"mode": mode, "skip_num": skip_num, "spatial_attention": spatial_attention}
+    used = {
+        key: value
+        for key, value in state.items()
+        if not key.startswith(("patch_embed.", "decoder.norm."))
+        and (not key.startswith("decoder.Crossvit_layer.") or key.split(".")[2] in crossed)
+    }
+    for given in (state, used):
+        network = visattn.load_official("att_swin_unet", given, **settings)
+        found = outputs(network, x)
+        assert found["logits"].shape == (1, 2, 224, 224)
+        assert found.keys() == expected.keys() - {f"cca{i}_first_tokens" for i in range(3) if str(i) not in crossed}
+        for name, value in found.items():
+            assert (value - expected[name]).abs().max() <= 2e-5 * expected[name].std(), name
 
 
 def test_fewer_crossing_levels_are_the_deepest(golden):
