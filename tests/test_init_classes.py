@@ -158,9 +158,14 @@ def written(source, output, *words):
 
 def test_the_network_that_is_asked_for(tmp_path, capsys):
     source = folders(tmp_path / "data")
-    network, data = written(source, tmp_path / "a.yaml", "--network", "resnet10t")
+    network, _ = written(source, tmp_path / "a.yaml", "--network", "resnet10t")
     assert network == {"name": "resnet10t", "pretrained": False}
     assert "resnet10t, " in capsys.readouterr().out
+
+
+@pytest.mark.slow  # computes what pyramids cost
+def test_the_attention_that_is_asked_for(tmp_path, capsys):
+    source = folders(tmp_path / "data")
     network, data = written(source, tmp_path / "b.yaml", "--attention", "neighborhood")
     assert network["name"].startswith("va_pyramid_")
     assert network["attention"] == "neighborhood"
