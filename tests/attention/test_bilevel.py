@@ -1,3 +1,4 @@
+import copy
 import math
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 from torch import nn
 
 from visattn.attention import _routing as routing
+from visattn.attention import bilevel
 from visattn.attention._backend import scaled_dot_product
 from visattn.attention.bilevel import BiLevelRoutingAttention
 from visattn.attention.lepe import LePEAttention
@@ -355,3 +357,26 @@ def test_lepe_drops_only_in_training():
     block.eval()
     assert torch.equal(block(x), block(x))
     assert math.isclose(block.scale, 8**-0.5)
+
+
+@pytest.mark.parametrize("topk", [1, 4])
+@pytest.mark.parametrize("size", [(12, 9), (11, 8)])
+@pytest.mark.parametrize("variant", ["legacy", "nchw"])
+def test_the_way_of_few_operators_computes_the_same(monkeypatch, variant, size, topk):
+    """Outputs and gradients of what a GPU takes."""
+    torch.manual_seed(0)
+    plain = BiLevelRoutingAttention(16, 4, variant=variant, topk=topk, n_win=3).double()
+    few = copy.deepcopy(plain)
+    inputs = [torch.randn(2, *size, 16, dtype=torch.float64, requires_grad=True)]
+    inputs.append(inputs[0].detach().clone().requires_grad_())
+    weight = torch.randn(2, *size, 16, dtype=torch.float64)
+    expected = plain(inputs[0])
+    for module in (bilevel, routing):
+        monkeypatch.setattr(module, "launch_bound", lambda x: True)
+    found = few(inputs[1])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for out in (expected, found):
+        (out * weight).sum().backward()
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(plain.parameters(), few.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-10)

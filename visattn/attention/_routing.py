@@ -4,6 +4,7 @@ Legend: B batch, *S spatial axes with N tokens, C channels, R regions, T tokens 
 d channels of a head.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from visattn.attention._backend import scaled_dot_product
+from visattn.attention._backend import launch_bound, scaled_dot_product
 from visattn.attention._precision import exact, exact_logits
 from visattn.attention._windows import certain, known_zero, window_partition
 
@@ -63,6 +64,17 @@ def region_means(windows: Tensor, sizes: Sequence[int], window: Sequence[int], c
     return total / window_partition(total.new_ones(1, *sizes, 1), window, counts).sum(2)
 
 
+def map_means(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The `region_means` (B, R, C) of a map `x` (B, *S, C); where operators are dear, whole regions by a single one."""
+    sizes = x.shape[1:-1]
+    pairs = list(zip(counts, window, strict=True))
+    if not (launch_bound(x) and known_zero(*(n * w - s for (n, w), s in zip(pairs, sizes, strict=True)))):
+        return region_means(window_partition(x, window, counts), sizes, window, counts)
+    inner = tuple(range(2, 2 * len(sizes) + 1, 2))
+    tokens = x.reshape(x.shape[0], *(each for pair in pairs for each in pair), x.shape[-1])  # (B, n1, w1, n2, ..., C)
+    return tokens.mean(inner, dtype=torch.promote_types(x.dtype, torch.float32)).flatten(1, -2)
+
+
 def choose(q: Tensor, k: Tensor, scale: float, topk: int) -> tuple[Tensor, Tensor]:
     """Softmax over the kept logits, and the regions chosen, best first, (B, R, k), by queries and keys (B, R, C)."""
     logits = exact_logits(q, k, scale)  # (B, R, R)
@@ -70,12 +82,27 @@ def choose(q: Tensor, k: Tensor, scale: float, topk: int) -> tuple[Tensor, Tenso
     return kept.softmax(-1), index
 
 
-def region_of(window: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    """The region of every token of a map of `counts` regions of `window` tokens per axis, both row-major: (N,)."""
+def region_of(window: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
+    """The region of every token of a map of `counts` regions of `window` tokens per axis, both row-major: (N,).
+
+    On the device of `like`. It is kept between calls, but nothing that a compiler or a fake tensor made is.
+    """
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return _region_of(window, counts, like.device)
+    return _kept_region_of(tuple(window), tuple(counts), like.device)
+
+
+def _region_of(window: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
     region = torch.zeros(1, dtype=torch.long, device=device)
     for w, n in zip(window, counts, strict=True):
         region = (region[:, None] * n + torch.arange(n * w, device=device) // w).flatten()
     return region
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_region_of(window: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # so that a gradient may use it as well
+        return _region_of(window, counts, device)
 
 
 def masked_attention(

@@ -20,6 +20,7 @@ Legend: B batch, *S spatial axes, C channels, R regions (windows), T tokens of a
 they are pooled), k chosen regions, h heads, d channels of a head of queries and keys.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -29,10 +30,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from visattn.attention import _checks as check
-from visattn.attention._backend import scaled_dot_product
+from visattn.attention._backend import launch_bound, scaled_dot_product
 from visattn.attention._depthwise import depthwise
 from visattn.attention._precision import exact_logits, without_autocast
-from visattn.attention._routing import RoutedAttention, Windows, choose, masked_attention, region_means, region_of
+from visattn.attention._routing import (
+    RoutedAttention,
+    Windows,
+    choose,
+    map_means,
+    masked_attention,
+    region_means,
+    region_of,
+)
 from visattn.attention._windows import (
     ceil_div,
     certain,
@@ -268,20 +277,21 @@ class BiLevelRoutingAttention(nn.Module):
         sizes = x.shape[1:-1]
         window, counts = self._layout(sizes)
         padded = [n * w for n, w in zip(counts, window, strict=True)]
-
-        def cut(each: Tensor) -> Tensor:
-            return window_partition(each, window, counts)
-
+        cut = functools.partial(window_partition, window=window, counts=counts)
         if self.variant == "legacy":
             x = pad_to(x, padded)
-        (wq, bq), (wk, bk), (wv, bv) = self._projections()
-        value_map = F.linear(x, wv, bv)
-        inputs, v = cut(x), cut(value_map)  # (B, R, T, C)
-        means = region_means(inputs, x.shape[1:-1], window, counts)
-        if known_zero(*(p - s for p, s in zip(padded, x.shape[1:-1], strict=True))):
-            q, k = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk)
-        else:  # zeros after the projection
-            q, k = cut(F.linear(x, wq, bq)), cut(F.linear(x, wk, bk))
+        if launch_bound(x):  # one product
+            parts = torch.split(F.linear(x, *self._projection()), [self.qk_dim, self.qk_dim, self.dim], dim=-1)
+            (q, k, v), value_map, means = map(cut, parts), parts[2], map_means(x, window, counts)
+        else:
+            (wq, bq), (wk, bk), (wv, bv) = self._projections()
+            value_map = F.linear(x, wv, bv)
+            inputs, v = cut(x), cut(value_map)  # (B, R, T, C)
+            means = region_means(inputs, x.shape[1:-1], window, counts)
+            if known_zero(*(p - s for p, s in zip(padded, x.shape[1:-1], strict=True))):
+                q, k = F.linear(inputs, wq, bq), F.linear(inputs, wk, bk)
+            else:  # zeros after the projection
+                q, k = cut(F.linear(x, wq, bq)), cut(F.linear(x, wk, bk))
         if self.kv_downsample_mode != "identity":
             k, v = self._pool(k, window), self._pool(v, window)
         return Windows(q, k, v, value_map, means, window, counts)
@@ -346,9 +356,9 @@ class BiLevelRoutingAttention(nn.Module):
             sums = window_partition(projected[..., : 2 * self.qk_dim].detach(), window, counts).sum(2)
             r_idx = choose(sums[..., : self.qk_dim], sums[..., self.qk_dim :], self.scale / tokens**2, self.topk)[1]
         else:
-            r_idx = self._route(region_means(window_partition(x, window, counts), x.shape[1:-1], window, counts))[1]
+            r_idx = self._route(map_means(x, window, counts))[1]
         q, k, v = (pad_to(each, padded) for each in parts)
-        query_region = key_region = region_of(window, counts, x.device)  # (N,)
+        query_region = key_region = region_of(window, counts, x)  # (N,)
         if self.kv_downsample_mode != "identity":  # keys then come window by window
             k, v = (self._pool(window_partition(each, window, counts), window) for each in (k, v))
             key_region = torch.arange(regions, device=x.device).repeat_interleave(k.shape[2])
