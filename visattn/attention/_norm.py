@@ -67,7 +67,8 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation; a single position has deviation 0."""
-        deviation, mean = torch.std_mean(x, dim=1, correction=0 if certain(x.shape[1] == 1) else 1)
+        count = x.shape[1]
+        deviation, mean = torch.std_mean(x, dim=1, correction=count - 1 if certain(count < 2) else 1)
         return mean, deviation
 
     @staticmethod
