@@ -300,3 +300,14 @@ def test_what_inference_keeps_can_be_trained_with():
         block(x)
     block(x).sum().backward()
     assert block.attn.rpe_k.lookup_table_bias.grad.any()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (2, 1, 3)])
+def test_the_spread_of_nothing_and_of_one_is_zero(shape):
+    """In silence, though torch warns of both; warnings are errors here."""
+    x = torch.ones(shape, requires_grad=True)
+    mean, deviation = _norm.spread(x)
+    assert mean.shape == deviation.shape == (shape[0], 3)
+    assert (deviation == 0).all()
+    (grad,) = torch.autograd.grad((mean + deviation).sum(), x)
+    assert torch.equal(grad, torch.ones(shape))

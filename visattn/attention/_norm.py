@@ -67,8 +67,9 @@ class Spread(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation; a single position has deviation 0."""
-        count = x.shape[1]
-        deviation, mean = torch.std_mean(x, dim=1, correction=count - 1 if certain(count < 2) else 1)
+        if certain(x.numel() == 0):  # no image: torch would warn
+            return x.new_zeros(x.shape[0], x.shape[2]), x.new_zeros(x.shape[0], x.shape[2])
+        deviation, mean = torch.std_mean(x, dim=1, correction=0 if certain(x.shape[1] == 1) else 1)
         return mean, deviation
 
     @staticmethod
