@@ -327,6 +327,8 @@ def test_exports_for_a_range_of_sizes(name, rank):
 
     Smaller maps may be smaller than a default window, where a block may take another path.
     """
+    if rank == 2 and name in ("bilevel", "grid", "neighborhood") and torch.__version__ < (2, 11):
+        pytest.skip("torch 2.10 does not see that the sizes of these blocks' tiles hold for the whole range")
     block = build(name, rank, **({"backend": "torch"} if "backend" in arguments_of(name) else {}))
     most = 14 if rank == 3 else 24
     batch = Dim("batch", min=1, max=4)

@@ -497,7 +497,7 @@ class TestMemory:
     def peak(sizes, kernel, heads, width, backward):
         q, k, v = (torch.randn(1, *sizes, heads, width, requires_grad=backward) for _ in range(3))
         forget()
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             out = neighborhood_attention(q, k, v, kernel)
             if backward:
                 out.sum().backward()
