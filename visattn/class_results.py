@@ -6,6 +6,7 @@ from typing import Any
 
 from visattn.class_scored import case_rows
 from visattn.classification import ClassificationTask
+from visattn.evaluate_show import entries_in, print_class_table
 from visattn.report import write_curves, write_report
 from visattn.results import describe_run
 from visattn.runs import is_first_process
@@ -58,3 +59,8 @@ def write_results(
     if (folder / "metrics.csv").is_file():
         write_curves(folder)
     return write_report(folder)
+
+
+def show_results(folder: Path) -> None:
+    """Print the measures that `write_results` put into `folder`."""
+    print_class_table(entries_in(folder))

@@ -19,8 +19,9 @@ from visattn.data.medmnist_file import flag_of, read_arrays
 from visattn.data.medmnist_flags import FLAGS, MULTI_LABEL
 from visattn.errors import UserError, unknown
 from visattn.evaluate_output import evaluation_folder
+from visattn.evaluate_show import print_class_table
 from visattn.files import read_small
-from visattn.metrics.classes import ALL, CLASS_METRICS, ClassTable
+from visattn.metrics.classes import ClassTable
 from visattn.predict_plan import shown
 from visattn.report import write_report
 from visattn.scored import CASES, Input, write_cases, write_inputs, write_summary
@@ -101,10 +102,7 @@ def evaluate_classes(
         write_report(folder)
     groups = len(set(table.groups))
     print(f"{len(cases)} cases" + (f" in {groups} groups" if groups < len(cases) else ""))
-    for entry in found:
-        if entry.name == ALL:
-            values = [_number(value) for value in (entry.mean, entry.low, entry.high)]
-            print(f"{CLASS_METRICS[entry.metric].title:24} {values[0]}   95 %: {values[1]} to {values[2]}")
+    print_class_table(found)
     print(f"results: {shown(output)}")
     return 0
 
@@ -174,7 +172,3 @@ def _check_pairs(prediction: Path, truth: Path, predicted: dict[str, list[float]
             lines.append(f"{len(missing)} cases {where}: {named}")
     if lines:
         raise UserError("\n".join(["evaluate: the tables hold different cases.", *lines]))
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "\u2013"

@@ -1,15 +1,17 @@
-"""What `visattn evaluate` says on the terminal."""
+"""What `visattn evaluate`, `validate` and `test` say on the terminal."""
 
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from visattn.errors import shown
 from visattn.evaluate_output import OVERLAYS, REPORT
 from visattn.evaluate_plan import Plan, few
 from visattn.metrics import Detection, Summary, metrics_of
-from visattn.scored import CASES, INPUTS, SUMMARY
+from visattn.metrics.classes import ALL, CLASS_METRICS
+from visattn.scored import CASES, INPUTS, SUMMARY, read_summary
 
 
 def print_table(entries: Sequence[Summary]) -> None:
@@ -39,6 +41,25 @@ def print_table(entries: Sequence[Summary]) -> None:
             )
         table.add_section()
     Console().print(table)
+
+
+def print_class_table(entries: Sequence[Summary]) -> None:
+    """Print the measures of a classifier over all classes with their intervals."""
+    for entry in entries:
+        if entry.name == ALL:
+            values = [
+                f"{value:.4f}" if math.isfinite(value) else "\u2013" for value in (entry.mean, entry.low, entry.high)
+            ]
+            print(f"{CLASS_METRICS[entry.metric].title:24} {values[0]}   95 %: {values[1]} to {values[2]}")
+
+
+def entries_in(folder: Path) -> list[Summary]:
+    """The measures in the `summary.json` of a folder; what was undefined there is NaN."""
+    found = []
+    for entry in read_summary(folder / SUMMARY)["metrics"]:
+        fields: dict[str, Any] = {key: math.nan if value is None else value for key, value in entry.items()}
+        found.append(Summary(**fields))
+    return found
 
 
 def print_detections(found: Mapping[str, Mapping[str, Detection]], large_ml: float) -> None:

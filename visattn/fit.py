@@ -36,7 +36,7 @@ from visattn.survival import Averaging, EpochMeans, StopOnSignal
 __all__ = ["RecipeCLI", "parse", "run_stage"]
 
 RESULTS: dict[str, ModuleType] = {"classification": class_results, "segmentation": results}
-"""For each kind of task what makes the results of a scoring: `check_folder`, `start_scoring`, `write_results`."""
+"""For each kind of task what makes the results of a scoring, from `check_folder` to `show_results`."""
 
 
 def run_stage(
@@ -294,6 +294,7 @@ def evaluate(
             output, task, data, split=split, checkpoint=checkpoint, seconds=seconds, epoch=_epoch(checkpoint)
         )
     if trainer.is_global_zero:
+        RESULTS[task.kind].show_results(output)
         print(f"results: {output}", file=sys.stderr)
     return 0
 

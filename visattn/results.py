@@ -16,6 +16,7 @@ from visattn.checkpoint import LIBRARIES
 from visattn.data.phantoms import PHANTOM
 from visattn.data.volumes import VolumeCase
 from visattn.errors import UserError
+from visattn.evaluate_show import entries_in, print_table
 from visattn.metrics import summarise
 from visattn.report import write_curves, write_report
 from visattn.runs import is_first_process
@@ -135,6 +136,11 @@ def write_results(
     if (folder / "metrics.csv").is_file():
         write_curves(folder)
     return write_report(folder)
+
+
+def show_results(folder: Path) -> None:
+    """Print the measures that `write_results` put into `folder`."""
+    print_table(entries_in(folder))
 
 
 def describe_run(

@@ -67,7 +67,7 @@ def tiles_of(sizes: Sequence[int], axes: Sequence[Axis], cuts: Sequence[Cut], de
     """The tiles of a map that is cut like that."""
     count = math.prod([cut.tiles * axis.dilation for cut, axis in zip(cuts, axes, strict=True)])
     # A symbolic number that might be 1 puts a condition on the sizes; one tile more, a copy of the first, avoids it.
-    tile = torch.arange(count + 1 if isinstance(count, torch.SymInt) else count, device=device)
+    tile = torch.arange(count + int(isinstance(count, torch.SymInt)), device=device)
     row = torch.arange(math.prod([cut.queries for cut in cuts]), device=device)
     column = torch.arange(math.prod([cut.keys for cut in cuts]), device=device)
     query = key = offset = torch.zeros((), dtype=torch.int64, device=device)
