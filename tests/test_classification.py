@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -101,13 +102,14 @@ def test_the_checkpoint_brings_back_the_network_that_was_scored(run):
         parse_checkpoint(checkpoint)
 
 
-def test_validate_repeats_and_test_takes_other_cases(run):
+def test_validate_repeats_and_test_takes_other_cases(run, capsys):
     config = ["--config", str(run / "config.yaml"), "--run", str(run)]
     assert main(["validate", *config]) == 0
     assert rows_of(run / "validate" / "cases.csv") == rows_of(run / "cases.csv")
     assert main(["test", *config]) == 0
     summary = json.loads((run / "test" / "summary.json").read_text())
     assert summary["split"] == "test"
+    assert re.search(rf"AUC +{summary['means']['all/auc']:.4f} ", capsys.readouterr().out)
     assert {row["split"] for row in rows_of(run / "test" / "cases.csv")} == {"test"}
     assert not {row["case"] for row in rows_of(run / "test" / "cases.csv")} & {
         row["case"] for row in rows_of(run / "cases.csv")

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -114,8 +115,11 @@ def test_cases_are_scored_on_exactly_what_predict_writes(run, polyps, tmp_path):
 
 def test_validate_repeats_the_scores_of_fit(run, polyps, capsys):
     assert main(["validate", "--config", str(run / "config.yaml"), "--run", str(run)]) == 0
-    assert json.loads((run / "validate" / "summary.json").read_text())["recipe"] == "polyp_pranet"
+    summary = json.loads((run / "validate" / "summary.json").read_text())
+    assert summary["recipe"] == "polyp_pranet"
     assert rows_of(run / "validate" / "cases.csv") == rows_of(run / "cases.csv")
+    dice = next(entry for entry in summary["metrics"] if entry["metric"] == "dice")
+    assert re.search(rf"Dice +{dice['mean']:.4f} ", capsys.readouterr().out)
 
 
 def test_a_checkpoint_of_other_labels_is_not_scored(run, capsys):
