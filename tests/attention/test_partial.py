@@ -218,6 +218,17 @@ def test_gradients_of_mean_and_deviation():
     assert torch.autograd.gradcheck(_norm.Spread.apply, x)
 
 
+def test_gradients_of_small_deviations_fit_float16():
+    """As a loss scaled for float16 sends them: the quotient is beyond its range, its share for a position is not."""
+    values = (0.1 + 1e-3 * image(1, 3136, 4)).half()
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        x = values.to(dtype, copy=True).requires_grad_()
+        (200 * _norm.spread(x)[1].sum()).backward()
+        found.append(x.grad.double())
+    torch.testing.assert_close(*found, rtol=0.02, atol=5e-3)
+
+
 def test_a_constant_channel_has_no_deviation_and_no_infinite_gradient():
     block = PartialChannelAttention(8).train()
     x = torch.ones(2, 4, 4, 8, requires_grad=True)

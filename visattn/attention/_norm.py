@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from visattn.attention._precision import exact
 from visattn.attention._windows import certain
 
 
@@ -81,10 +82,11 @@ class Spread(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_deviation: Tensor) -> Tensor:
         """dL/dmean / N + (x - mean) dL/ddeviation / deviation / (N - 1); 0 for the latter where values are equal."""
         x, mean, deviation = ctx.saved_tensors
-        slope = (grad_deviation / deviation).masked_fill_(deviation == 0, 0)
-        share = 1 / max(x.shape[1] - 1, 1)
-        offset = torch.addcmul(grad_mean / x.shape[1], slope, mean, value=-share)
-        return torch.addcmul(offset[:, None], x, slope[:, None], value=share)
+        # A quotient by a small deviation may exceed float16 until it is shared among the positions.
+        deviation, share = exact(deviation), 1 / max(x.shape[1] - 1, 1)
+        slope = (exact(grad_deviation) * share / deviation).masked_fill_(deviation == 0, 0)
+        offset = torch.addcmul(exact(grad_mean) / x.shape[1], slope, exact(mean), value=-1)
+        return torch.addcmul(offset.to(x.dtype)[:, None], x, slope.to(x.dtype)[:, None])
 
 
 def spread(x: Tensor) -> tuple[Tensor, Tensor]:
