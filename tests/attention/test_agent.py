@@ -164,6 +164,14 @@ def test_both_ways_have_the_same_gradients(monkeypatch, variant, rank, kept):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("make", [linear_weights, average_weights])
+def test_matrices_of_very_long_axes_are_not_kept(make):
+    """Dozens of them would fill the memory."""
+    like = torch.empty(0)
+    assert make(7, 11, like) is make(7, 11, like)
+    assert make(2**21, 2, like) is not make(2**21, 2, like)
+
+
 def test_kept_matrices_serve_training_after_inference(monkeypatch):
     as_on_gpu(monkeypatch)
     block = randomised(AgentAttention(12, 2, agent_num=4, window_size=11))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visattn.attention._backend import launch_bound
 from visattn.attention._precision import exact
-from visattn.attention._windows import regroup
+from visattn.attention._windows import certain, regroup
 
 Made = TypeVar("Made")
 KEPT = 2**21  # entries at most of what is kept from call to call
@@ -41,13 +41,20 @@ def _kept(make: Callable[..., Any], device: torch.device, dtype: torch.dtype, *s
         return make(*sizes, torch.empty(0, device=device, dtype=dtype))
 
 
+def _matrix(make: Callable[[int, int, Tensor], Tensor], source: int, target: int, like: Tensor) -> Tensor:
+    """`make(source, target, like)`, a matrix (target, source); kept unless it is that of a very long axis."""
+    if certain(source * target <= KEPT):
+        return kept(make, like, source, target)
+    return make(source, target, like)
+
+
 def linear_weights(source: int, target: int, like: Tensor) -> Tensor:
     """The matrix (target, source) of linear interpolation with half-pixel centres; the identity for equal sizes.
 
     The same numbers as `F.interpolate(mode="linear", align_corners=False)`: positions beyond the outer centres take the
     edge value.
     """
-    return kept(_linear_weights, like, source, target)
+    return _matrix(_linear_weights, source, target, like)
 
 
 def _linear_weights(source: int, target: int, like: Tensor) -> Tensor:
@@ -60,7 +67,7 @@ def _linear_weights(source: int, target: int, like: Tensor) -> Tensor:
 
 def average_weights(source: int, target: int, like: Tensor) -> Tensor:
     """The matrix (target, source) of adaptive average pooling; cells overlap and repeat where target > source."""
-    return kept(_average_weights, like, source, target)
+    return _matrix(_average_weights, source, target, like)
 
 
 def _average_weights(source: int, target: int, like: Tensor) -> Tensor:
