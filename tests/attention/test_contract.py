@@ -11,6 +11,7 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
@@ -272,6 +273,39 @@ def test_state_dict_is_all_there_is(name, rank):
         for again in (other, copy.deepcopy(block)):
             for out, want in zip(outputs(again, *inputs(name, sizes)), wanted, strict=True):
                 assert torch.equal(out, want)
+
+
+@every
+@torch.no_grad()
+def test_replicas_of_data_parallel(name, rank):
+    """As torch makes them: their weights are attributes, and none is a parameter."""
+    block = build(name, rank)
+    replicas = {key: module._replicate_for_data_parallel() for key, module in block.named_modules()}
+    for key, module in block.named_modules():
+        for child in module._modules:
+            replicas[key]._modules[child] = replicas[f"{key}.{child}".lstrip(".")]
+        for parameter, value in module._parameters.items():
+            setattr(replicas[key], parameter, None if value is None else value.clone())
+    xs = inputs(name, PLAIN[rank])
+    assert not list(replicas[""].parameters())
+    assert torch.equal(outputs(replicas[""], *xs)[0], outputs(block, *xs)[0])
+
+
+@every
+@torch.no_grad()
+def test_tensors_without_values_leave_nothing_behind(name, rank):
+    """Tools that reckon memory run a network so; what it then keeps for later calls would be without values too."""
+    sizes = tuple(size + 2 for size in PLAIN[rank])  # of no other test
+    block = build(name, rank)
+    with FakeTensorMode():
+        memo = {id(each): nn.Parameter(torch.empty(each.shape)) for each in block.parameters()}
+        memo |= {id(each): torch.empty(each.shape, dtype=each.dtype) for each in block.buffers()}
+        fake = copy.deepcopy(block, memo)
+        count = 2 if name in FUSION else 1
+        fake(*(torch.empty(2, *sizes, 32) for _ in range(count)))
+    for out in outputs(block, *inputs(name, sizes)):
+        assert type(out) is torch.Tensor
+        assert torch.isfinite(out).all()
 
 
 @every

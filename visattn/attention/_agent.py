@@ -151,9 +151,11 @@ def biases(
         dtype: What fused attention takes; otherwise the biases are float32 at least.
     """
     rank = len(query_size)
-    tables = {name: exact(table) for name, table in module._parameters.items() if table is not None}
     letters = AXES[-rank:]
-    token = "ac_bias" in tables
+    token = hasattr(module, "ac_bias")
+    names = ["an", "na", *("ac", "ca") * token, *(name for x in letters for name in (f"a{x}", f"{x}a"))]
+    # By attribute: replicas of DataParallel, and what torch's parametrizations compute, are no parameters of a module.
+    tables: dict[str, Tensor] = {f"{name}_bias": exact(getattr(module, f"{name}_bias")) for name in names}
     # The grid, a line per axis, and the class token: (h, n, 7, ..., 7), (h, n, size), (h, n, 1)
     keys = [tables["an_bias"], *(tables[f"a{letter}_bias"].squeeze(0).flatten(2) for letter in letters)]
     queries = [tables["na_bias"], *(tables[f"{letter}a_bias"].squeeze(0).flatten(1, -2).mT for letter in letters)]

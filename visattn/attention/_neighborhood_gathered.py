@@ -1,8 +1,7 @@
 """Neighbourhood attention on overlapping tiles in one call, where starting an operator costs more than most do.
 
-The tiles of `_neighborhood_traced`, collected by index tensors that are kept between calls. Each step, and the gradient
-of each, is a gather: nothing is sorted or added up by atomics, so results are repeatable. Collected keys are kept for
-the gradient.
+The tiles of `_neighborhood_traced`, collected by index tensors that are kept between calls. Rows and their gradients
+are taken by gathers, none is added up by atomics, so results are repeatable. Collected keys are kept for the gradient.
 
 Legend: B batch, *S spatial sizes, N positions, H heads, c channels of a head, T tiles over all axes and dilation
 groups, q queries and k keys of a tile, U kinds of tiles, M tiles that hold a key at most.

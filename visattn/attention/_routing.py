@@ -4,7 +4,6 @@ Legend: B batch, *S spatial axes with N tokens, C channels, R regions, T tokens 
 d channels of a head.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from visattn.attention._backend import launch_bound, scaled_dot_product
 from visattn.attention._precision import exact, exact_logits
+from visattn.attention._resample import KEPT, kept
 from visattn.attention._windows import certain, known_zero, window_partition
 
 # The mask is built for so many pairs of tokens of an image at a time, never for all of a large map.
@@ -78,31 +78,25 @@ def map_means(x: Tensor, window: Sequence[int], counts: Sequence[int]) -> Tensor
 def choose(q: Tensor, k: Tensor, scale: float, topk: int) -> tuple[Tensor, Tensor]:
     """Softmax over the kept logits, and the regions chosen, best first, (B, R, k), by queries and keys (B, R, C)."""
     logits = exact_logits(q, k, scale)  # (B, R, R)
-    kept, index = logits.topk(min(topk, logits.shape[-1]), dim=-1)
-    return kept.softmax(-1), index
+    best, index = logits.topk(min(topk, logits.shape[-1]), dim=-1)
+    return best.softmax(-1), index
 
 
 def region_of(window: Sequence[int], counts: Sequence[int], like: Tensor) -> Tensor:
     """The region of every token of a map of `counts` regions of `window` tokens per axis, both row-major: (N,).
 
-    On the device of `like`. It is kept between calls, but nothing that a compiler or a fake tensor made is.
+    On the device of `like`.
     """
-    if torch.compiler.is_compiling() or type(like) is not Tensor:
-        return _region_of(window, counts, like.device)
-    return _kept_region_of(tuple(window), tuple(counts), like.device)
+    small = certain(math.prod(window) * math.prod(counts) <= KEPT)
+    sizes = tuple(window), tuple(counts)
+    return kept(_region_of, like, *sizes) if small else _region_of(*sizes, like)
 
 
-def _region_of(window: Sequence[int], counts: Sequence[int], device: torch.device) -> Tensor:
-    region = torch.zeros(1, dtype=torch.long, device=device)
+def _region_of(window: tuple[int, ...], counts: tuple[int, ...], like: Tensor) -> Tensor:
+    region = torch.zeros(1, dtype=torch.long, device=like.device)
     for w, n in zip(window, counts, strict=True):
-        region = (region[:, None] * n + torch.arange(n * w, device=device) // w).flatten()
+        region = (region[:, None] * n + torch.arange(n * w, device=like.device) // w).flatten()
     return region
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_region_of(window: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # so that a gradient may use it as well
-        return _region_of(window, counts, device)
 
 
 def masked_attention(

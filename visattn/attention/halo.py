@@ -52,6 +52,13 @@ class _RelativeTables(nn.Module):
         super().__init__()
         for name, size in zip(AXES[-len(window) :], window, strict=True):
             self.register_parameter(name, nn.Parameter(torch.empty(2 * size - 1, dim_head)))
+        self.names = AXES[-len(window) :]
+
+    def joined(self) -> Tensor:
+        """All tables, one after the other, (sum of 2w - 1, d)."""
+        # By attribute: replicas of DataParallel have no parameters.
+        tables: list[Tensor] = [getattr(self, name) for name in self.names]
+        return torch.cat(tables)
 
 
 class HaloAttention(nn.Module):
@@ -153,7 +160,7 @@ class HaloAttention(nn.Module):
             ValueError: `x` has another shape.
         """
         q, kv, layout = self._blocks(x)
-        out = halo_product(q, kv, torch.cat(list(self.pos_embed.parameters())), layout)  # (B, N, Q, h, e)
+        out = halo_product(q, kv, self.pos_embed.joined(), layout)  # (B, N, Q, h, e)
         sizes = ceil_div(x.shape[1:-1], (self.query_stride,) * self.rank)
         counts = [room(count) for count in ceil_div(x.shape[1:-1], self.block_size)]
         out = window_reverse(out.flatten(3), self.query_block, sizes, counts)
@@ -177,7 +184,7 @@ class HaloAttention(nn.Module):
         n = flat_index(block, counts)
         i = flat_index([i % b for i, b in zip(query, self.query_block, strict=True)], self.query_block)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        q, tables = q[:, n].to(dtype), torch.cat(list(self.pos_embed.parameters())).to(dtype)
+        q, tables = q[:, n].to(dtype), self.pos_embed.joined().to(dtype)
         k = kv.flatten(1, -2)[:, layout.keys[n]].to(dtype)  # (B, K, h (d + e))
         k = k.reshape(*k.shape[:2], self.num_heads, -1)[..., : self.dim_head]
         logits = torch.einsum("bhd,bkhd->bhk", q[:, i], k) * self.scale

@@ -18,7 +18,6 @@ Deviations:
 Legend: B batch, *S spatial axes with N positions, C channels, c attended channels, h heads, d channels of a head.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -41,6 +40,7 @@ from visattn.attention._norm import (
 )
 from visattn.attention._partial_spatial import SpatialStep
 from visattn.attention._precision import autocast_enabled, exact_logits, without_autocast
+from visattn.attention._resample import kept
 from visattn.attention._windows import certain, flat_index
 
 CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -257,8 +257,9 @@ class EuclideanBias(nn.Module):
 
     def forward(self, size: tuple[int, ...]) -> Tensor:
         """The bias (h, N, N) of all pairs of positions of a map of `size`."""
-        rank, device = len(size), self.lookup_table_bias.device
-        entries, pairs = _entries(size, device) if torch.compiler.is_compiling() else _kept_entries(size, device)
+        rank = len(size)
+        # Computing the entries takes longer than the bias itself.
+        entries, pairs = kept(_entries, self.lookup_table_bias, tuple(size))
         bias = self.lookup_table_bias[:, entries]  # (h, 2 s_1 - 1, ...), by offset
         for axis, each in enumerate(pairs, 1):
             bias = bias.index_select(axis, each)
@@ -267,9 +268,9 @@ class EuclideanBias(nn.Module):
         return bias.reshape(-1, math.prod(size), math.prod(size))
 
 
-def _entries(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
+def _entries(size: tuple[int, ...], like: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Entries of the table by offset, (2 s_1 - 1, ...), and along each axis the offset of every pair, (s_i * s_i)."""
-    rank = len(size)
+    rank, device = len(size), like.device
     squares = torch.zeros((1,) * rank, device=device)
     pairs = []
     for axis, each in enumerate(size):
@@ -278,13 +279,6 @@ def _entries(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[
         line = torch.arange(each, device=device)
         pairs.append((line - line[:, None] + (each - 1)).flatten())
     return BETA + bucket(squares.sqrt()), pairs
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_entries(size: tuple[int, ...], device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """As `_entries`, small and the same at every call: computing them takes longer than the bias itself."""
-    with torch.inference_mode(False):  # so that a gradient may use them as well
-        return _entries(size, device)
 
 
 def bucket(distance: Tensor) -> Tensor:
