@@ -216,6 +216,12 @@ def test_torchs_kernels_compute_the_same_on_other_devices(monkeypatch, name, tra
 def test_gradients_of_mean_and_deviation():
     x = image(2, 5, 3).requires_grad_()
     assert torch.autograd.gradcheck(_norm.Spread.apply, x)
+    assert torch.autograd.gradgradcheck(_norm.Spread.apply, x)
+    constant = torch.ones(1, 5, 3, requires_grad=True)
+    (grad,) = torch.autograd.grad(_norm.spread(constant)[1].square().sum(), constant, create_graph=True)
+    (again,) = torch.autograd.grad(grad.square().sum(), constant)
+    assert not grad.any()
+    assert not again.any()
 
 
 def test_gradients_of_small_deviations_fit_float16():
