@@ -130,6 +130,15 @@ def test_official_names_are_checked_and_paths_accepted(tmp_path):
     assert set(OFFICIAL) == {"agunet", "att_swin_unet", "daunet", "pranet"}
 
 
+def test_weights_under_our_names_are_told_from_the_authors():
+    ours = timm.create_model("va_mobilenetv2_ela_l", width_mult=0.25).state_dict()
+    with pytest.raises(UserError, match=r"names are ours, not the authors'.*checkpoint_path="):
+        load_official("va_mobilenetv2_ela_l", ours, width_mult=0.25)
+    ours.popitem()
+    with pytest.raises(UserError, match="Give the authors' checkpoint, whole"):
+        load_official("va_mobilenetv2_ela_l", ours, width_mult=0.25)
+
+
 def test_the_classifier_may_be_left_out():
     """A backbone without classes takes a checkpoint that has them, checked like any other entry."""
     plan = {"dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)}

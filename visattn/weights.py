@@ -192,9 +192,10 @@ def load_renamed(
         if keys
     ]
     if problems:
-        raise UserError(
-            "\n".join([f"{source}: the state dict does not fit.", *problems, "Give the authors' checkpoint, whole."])
-        )
+        advice = "Give the authors' checkpoint, whole."
+        if missing and official.keys() == own.keys():
+            advice = "Its names are ours, not the authors': load_state_dict or timm's checkpoint_path= takes it as it is."
+        raise UserError("\n".join([f"{source}: the state dict does not fit.", *problems, advice]))
     dropped = [key for key in unused if key in official]
     if dropped:
         _logger.info("%s: dropped entries that the official code never uses: %s", source, ", ".join(dropped))
