@@ -111,7 +111,31 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     (tmp_path / "none.csv").write_text("case,x\na,1\n")
     refused(tmp_path / "none.csv", truth, "a column p_NAME")
     assert main(["evaluate", str(tmp_path), str(truth)]) == 2
-    assert "masks need --labels" in capsys.readouterr().err
+    text = capsys.readouterr().err
+    assert "masks need --labels" in text
+    assert "predictions.csv" not in text
+    predictions(tmp_path / "out" / "predictions.csv", CASES)
+    assert main(["evaluate", str(tmp_path / "out"), str(truth)]) == 2
+    assert f"give {tmp_path / 'out' / 'predictions.csv'}" in capsys.readouterr().err
+
+
+def test_images_of_one_folder_pair_with_class_folders_by_stem(tmp_path, capsys):
+    for name, number in (("cat", 0), ("dog", 1), ("cat", 2), ("dog", 3)):
+        (tmp_path / "in" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(tmp_path / "in" / name / f"{number}.png")
+    shares = predictions(tmp_path / "flat.csv", ["0", "1", "2", "3"], ("cat", "dog"))
+    call = ["evaluate", str(tmp_path / "flat.csv"), str(tmp_path / "in"), "--output", str(tmp_path / "flat")]
+    assert main(call) == 0
+    wanted = ClassTable(("cat", "dog"), shares, np.array([0, 1, 0, 1])).means()
+    assert means(tmp_path / "flat")["all/auc"] == pytest.approx(wanted["all/auc"])
+    with (tmp_path / "flat" / "cases.csv").open() as handle:
+        assert {row["case"] for row in csv.DictReader(handle)} == {"cat/0", "cat/2", "dog/1", "dog/3"}
+
+    predictions(tmp_path / "twice.csv", ["a/0", "b/0", "1", "2", "3"], ("cat", "dog"))
+    assert main(["evaluate", str(tmp_path / "twice.csv"), str(tmp_path / "in")]) == 2
+    Image.new("L", (8, 8), 9).save(tmp_path / "in" / "dog" / "0.png")
+    assert main(call) == 2, "two true cases of one stem: which is meant is not known"
+    assert "different cases" in capsys.readouterr().err
 
 
 def test_torch_is_not_loaded():

@@ -60,6 +60,7 @@ def evaluate_classes(
         true, multi_label = _of_arrays(truth, names, parts, multi_label)
     else:
         true = _of_files(truth, multi_label)
+        probabilities = _under_true_names(probabilities, true)
     labels = ClassLabels.from_config(names, multi_label)
     _check_pairs(prediction, truth, probabilities, true)
     index = {name: number for number, name in enumerate(names)}
@@ -159,6 +160,21 @@ def _of_arrays(path: Path, names: Sequence[str], parts: set[str], multi_label: b
             name = f"{part}_{index:05d}"
             found[name] = (tuple(numbered[number] for number in numbers), name, None)
     return found, several
+
+
+def _under_true_names(predicted: dict[str, list[float]], true: Truth) -> dict[str, list[float]]:
+    """Predictions by the names of the true cases: as they are; or by file stem in whatever folder, as masks pair.
+
+    The second if it pairs more and no stem stands twice: images to predict lie in one folder, true ones by class.
+    """
+    stems = {_stem(case): case for case in true}
+    renamed = {stems.get(_stem(case), case): values for case, values in predicted.items()}
+    unique = len(stems) == len(true) and len(renamed) == len(predicted)
+    return renamed if unique and len(renamed.keys() & true.keys()) > len(predicted.keys() & true.keys()) else predicted
+
+
+def _stem(case: str) -> str:
+    return case.rpartition("/")[2]
 
 
 def _check_pairs(prediction: Path, truth: Path, predicted: dict[str, list[float]], true: Truth) -> None:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from visattn.errors import UserError
+from visattn.errors import UserError, shown
 
+_TABLE = "predictions.csv"
 _VOLUMES = ("tolerance", "lesion_iou", "minimum_ml", "patient_dice")
 
 
@@ -49,7 +50,7 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.prediction.suffix.lower() == ".csv" and not options.prediction.is_dir():
         return _classes(options)
     if options.labels is None:
-        raise UserError("evaluate: masks need --labels FILE, a YAML with the labels block of a recipe")
+        raise UserError(_without_labels(options.prediction))
     if options.multi_label:
         raise UserError("--multi_label: is for a table of classes; masks say so in their labels")
     from visattn.evaluate import evaluate_folder, make_rules
@@ -70,6 +71,17 @@ def _call(options: argparse.Namespace, rest: Sequence[str]) -> int:
             patient_dice=options.patient_dice,
         ),
     )
+
+
+def _without_labels(prediction: Path) -> str:
+    lines = [
+        "evaluate: masks need --labels FILE, a YAML with the labels block of a recipe alone, as",
+        "  background: 0",
+        "  lesion: 255",
+    ]
+    if (prediction / _TABLE).is_file():
+        lines.append(f"If these are classes, no masks, give {shown(prediction / _TABLE)}.")
+    return "\n".join(lines)
 
 
 def _classes(options: argparse.Namespace) -> int:
