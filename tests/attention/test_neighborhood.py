@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,6 +192,15 @@ class TestDefinition:
         wanted = gradients(setting, "reference", *tensors, lse=False)
         for value, want in zip(gradients(setting, "gathered", *tensors, lse=False), wanted, strict=True):
             torch.testing.assert_close(value, want, rtol=1e-10, atol=1e-11)
+
+    @pytest.mark.parametrize(
+        ("sizes", "kernel", "dilation", "most"), [((56, 56), 7, 1, 4), ((56, 56), 7, 8, 1), ((4, 19, 16), 3, 3, 3)]
+    )
+    def test_gradients_are_collected_only_where_a_query_saw_the_key(self, sizes, kernel, dilation, most):
+        """Others hold it too: tiles that reach further at borders, or repeat it for missing ones."""
+        axes = axes_of(len(sizes), kernel, 1, dilation)
+        plan = gathered.plan_of(sizes, axes, 1, torch.device("cpu"), torch.float32)
+        assert plan.key.real.shape[:2] == (math.prod(sizes), most)
 
     def test_tiles_are_computed_at_once_where_that_takes_little_memory(self, monkeypatch):
         """Few operators on a GPU, for which `meta` stands; pieces for volumes, several queries a key, large batches."""

@@ -4,7 +4,7 @@ The tiles of `_neighborhood_traced`, collected by index tensors that are kept be
 are taken by gathers, none is added up by atomics, so results are repeatable. Collected keys are kept for the gradient.
 
 Legend: B batch, *S spatial sizes, N positions, H heads, c channels of a head, T tiles over all axes and dilation
-groups, q queries and k keys of a tile, U kinds of tiles, M tiles that hold a key at most.
+groups, q queries and k keys of a tile, U kinds of tiles, M tiles that show a key to a query at most.
 """
 
 import functools
@@ -97,13 +97,18 @@ def fits(query: Tensor, key: Tensor, axes: tuple[Axis, ...]) -> bool:
     return few
 
 
-def _inverse(key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """For every position (N,) the places in the flattened `key` that hold it, (N, M), and which of these are real."""
-    order = torch.argsort(key.flatten(), stable=True)
-    counts = torch.bincount(key.flatten(), minlength=count)
+def _inverse(key: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """For every position (N,) the places in the flattened `key` that hold it, (N, M), and which of these are real.
+
+    Only places that are `seen` count: others have no gradient, and at borders they would make M twice as large.
+    """
+    used = seen.flatten().nonzero()[:, 0]
+    position = key.flatten()[used]
+    order = used[torch.argsort(position, stable=True)]
+    counts = torch.bincount(position, minlength=count)
     step = torch.arange(int(counts.max()))
     places = (counts.cumsum(0) - counts)[:, None] + step
-    return order[places.clamp(max=key.numel() - 1)], step < counts[:, None]
+    return order[places.clamp(max=len(order) - 1)], step < counts[:, None]
 
 
 @functools.lru_cache(maxsize=64)
@@ -116,7 +121,7 @@ def plan_of(
         tiles = tiles_of(sizes, axes, cuts, torch.device("cpu"))
         tile, row = places_of(sizes, axes, cuts, torch.device("cpu"))
         head = torch.arange(heads)
-        places, real = _inverse(tiles.key, math.prod(sizes))
+        places, real = _inverse(tiles.key, tiles.seen.any(1), math.prod(sizes))
         width = tiles.key.shape[1]
         own = torch.zeros(tiles.query.shape, dtype=torch.bool)  # rows that are not a query twice
         own[tile, row] = True
