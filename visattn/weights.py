@@ -194,7 +194,9 @@ def load_renamed(
     if problems:
         advice = "Give the authors' checkpoint, whole."
         if missing and official.keys() == own.keys():
-            advice = "Its names are ours, not the authors': load_state_dict or timm's checkpoint_path= takes it as it is."
+            advice = (
+                "Its names are ours, not the authors': load_state_dict or timm's checkpoint_path= takes it as it is."
+            )
         raise UserError("\n".join([f"{source}: the state dict does not fit.", *problems, advice]))
     dropped = [key for key in unused if key in official]
     if dropped:
