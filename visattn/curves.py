@@ -84,7 +84,7 @@ def write_curves(run_dir: Path | str) -> Path | None:
         axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(-0.02, 0.985), ncols=2, borderpad=0.2)
         axes.set_title(title, fontsize=11, loc="left", fontweight="bold", pad=24)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # one epoch gets one tick, no fractions
         axes.grid(color="#dddddd", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
