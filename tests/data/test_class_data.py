@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from visattn.data.class_augment import CLASS_AUGMENT, _policy, build_class_augmenter
+from visattn.data.class_files import list_folders
 from visattn.data.class_preprocessing import ClassPreprocessing, fits
 from visattn.data.image_folder import ImageFolder
 from visattn.data.medmnist import MedMNIST
@@ -259,6 +260,17 @@ def test_what_is_wrong_with_a_table_is_told(text, message, folder):
     (folder / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         ImageFolder(str(folder / "t.csv")).setup()
+
+
+def test_masks_beside_the_images_are_no_cases(tmp_path):
+    for name in ("a/1", "a/1_mask", "a/1_mask_1", "b/2_img", "b/2_SEG", "b/3_mask"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match="3 of 6 images are named as masks of others, as a/1_mask of a/1"):
+        list_folders(tmp_path, "set")
+    for name in ("a/1_mask", "a/1_mask_1", "b/2_SEG"):
+        (tmp_path / f"{name}.png").unlink()
+    assert [row[0] for row in list_folders(tmp_path, "set")] == ["a/1", "b/2_img", "b/3_mask"], "a name, no pair"
 
 
 def test_folders_of_volumes_are_told_what_to_do(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from visattn.data.splits import PARTS
 from visattn.data.volume_names import is_volume_name
 from visattn.errors import UserError, nearest, unknown
 from visattn.files import read_small, walk_files
+
+_MASK = re.compile(r"_(?:mask|seg|segmentation|gt)(?:_\d+)?$", re.IGNORECASE)
+_IMAGE = ("", "_img", "_image")
 
 _COLUMNS = ("image", "label", "group", "part")
 
@@ -28,7 +32,7 @@ def list_folders(path: Path, root: str) -> list[Row]:
     """The images below class folders.
 
     Raises:
-        UserError: There are none.
+        UserError: There are none, or masks lie beside them.
     """
     if not path.is_dir():
         guess = (
@@ -53,7 +57,22 @@ def list_folders(path: Path, root: str) -> list[Row]:
             raise UserError(f"data.root: {root} holds volumes. {NO_VOLUMES}")
         found = ", ".join(inner[:8]) or "no folder"
         raise UserError(f"data.root: {root} holds no folders of images, one for each class.\nFound there: {found}")
+    _refuse_masks(rows, root)
     return sorted(rows)
+
+
+def _refuse_masks(rows: Sequence[Row], root: str) -> None:
+    """A mask shows where the lesion is and whether there is one: taken for an image it would be learned and scored."""
+    names = {name for name, *_ in rows}
+    bases = {name: _MASK.sub("", name) for name in sorted(names) if _MASK.search(name)}
+    pairs = [(name, base + end) for name, base in bases.items() for end in _IMAGE if base + end in names]
+    if pairs:
+        raise UserError(
+            f"data.root: {root}: {len(pairs)} of {len(rows)} images are named as masks of others, "
+            f"as {pairs[0][0]} of {pairs[0][1]}.\n"
+            "To classify, move the masks elsewhere, or give a .csv that names the images alone.\n"
+            "To segment, bring images and masks into images/ and masks/, with one name for an image and its mask."
+        )
 
 
 def list_table(path: Path, multi_label: bool) -> tuple[list[Row], list[str]]:
