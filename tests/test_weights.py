@@ -189,10 +189,11 @@ def test_what_authors_save_beside_weights_is_passed_over(tmp_path, monkeypatch, 
         torch.load(file, weights_only=True)  # the permission ended with the reading
 
 
-def test_a_text_that_takes_ages_to_encode_is_refused(tmp_path):
+@pytest.mark.parametrize("codec", ["Puny-Code", "punycode", "\u00e9punycode", "IDNA\u2460"])
+def test_a_text_that_takes_ages_to_encode_is_refused(tmp_path, codec):
     class Slow:
         def __reduce__(self):
-            return codecs.encode, ("\u0101" * 9, "Puny-Code")
+            return codecs.encode, ("\u0101" * 9, codec)
 
     torch.save({"model": {"a": torch.ones(1)}, "x": Slow()}, tmp_path / "w.pth")
     with pytest.raises(UserError, match="refused"):
