@@ -111,7 +111,7 @@ def _inverse(key: Tensor, seen: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order[places.clamp(max=len(order) - 1)], step < counts[:, None]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)
 def plan_of(
     sizes: tuple[int, ...], axes: tuple[Axis, ...], heads: int, device: torch.device, kind: torch.dtype
 ) -> Plan:
