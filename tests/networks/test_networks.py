@@ -74,6 +74,8 @@ def test_checking_builds_nothing():
     check_network({"name": "pranet", "backbone": "no such model", "activation": "sigmoid"})
     with pytest.raises(UserError, match="Did you mean 'pranet'"):
         check_network({"name": "prannet"})
+    with pytest.raises(UserError, match="'va_dinat_mini' is a backbone"):
+        create_model("va_dinat_mini")
     with pytest.raises(UserError, match="the key 'name' is missing"):
         check_network({})
     with pytest.raises(UserError, match="Did you mean 'backbone'"):

@@ -71,6 +71,12 @@ def create_model(name: str, *, activation: str | None = None, **kwargs: Any) -> 
         ) from error
 
 
+def _is_backbone(name: str) -> bool:
+    import timm  # a second, which only a wrong name costs
+
+    return timm.is_model(name)
+
+
 def check_network(config: Mapping[str, Any]) -> None:
     """Check the `network` block of a recipe without building anything.
 
@@ -80,6 +86,12 @@ def check_network(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: As for `create_model`.
     """
+    given = config.get("name")
+    if isinstance(given, str) and given not in NETWORKS and _is_backbone(given):
+        raise UserError(
+            f"network '{given}' is a backbone, which makes no masks by itself.\n"
+            f"For masks: unet (or another network) with backbone: {given}; for classes: timm.create_model('{given}')."
+        )
     name = chosen("network", config, NETWORKS)
     parameters = inspect.signature(NETWORKS[name]).parameters
     valid = [*parameters, "activation"]
