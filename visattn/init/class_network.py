@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from visattn.class_labels import ClassLabels
-from visattn.errors import UserError, unknown
+from visattn.errors import UserError
 from visattn.init.budget import Network, choose_network
-from visattn.init.composed import PYRAMID, Wanted, mixer_of, network_costs
+from visattn.init.composed import Wanted, mixer_of, network_costs, pyramid_for
 from visattn.init.machine import Machine
 
 _AUGMENT = {2: 0.0, 3: 0.5}  # seconds of one core that a million pixels or voxels take to augment
@@ -52,7 +52,6 @@ def class_arguments(wanted: Wanted, machine: Machine, rank: int) -> dict[str, An
     Raises:
         UserError: As for `class_network`.
     """
-    from visattn.attention import ATTENTION
     from visattn.networks import NETWORKS
     from visattn.networks.classifier import check_classifier, classifier_rank
 
@@ -61,8 +60,7 @@ def class_arguments(wanted: Wanted, machine: Machine, rank: int) -> dict[str, An
             f"--backbone {wanted.backbone}: these data have classes, and a classifier is one network.\n"
             f"Name it with --network {wanted.backbone}."
         )
-    small = "tiny" if machine.device == "cpu" else "small"
-    name = wanted.network or f"{PYRAMID}{'3d' if rank == 3 else ''}_{small}"
+    name = wanted.network or pyramid_for(machine, rank)
     if name in NETWORKS:
         raise UserError(
             f"--network {name}: makes masks, and these data have classes.\n"
@@ -71,14 +69,7 @@ def class_arguments(wanted: Wanted, machine: Machine, rank: int) -> dict[str, An
     check_classifier({"name": name})
     arguments: dict[str, Any] = {"name": name, "pretrained": False}
     if wanted.attention:
-        if wanted.attention not in ATTENTION:
-            raise unknown("attention", wanted.attention, ATTENTION)
-        if not name.startswith(PYRAMID):
-            raise UserError(
-                f"--attention {wanted.attention}: the blocks of '{name}' are its own; leave --network out for a "
-                f"pyramid of {wanted.attention}."
-            )
-        arguments["attention"] = mixer_of(wanted.attention, rank)
+        arguments["attention"] = mixer_of(wanted.attention, name, "--network", rank)
     given = classifier_rank(_built(repr(arguments), 1 if rank == 3 else 3, 2))
     if given != rank:
         kinds = {2: "images", 3: "volumes"}

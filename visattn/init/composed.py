@@ -16,8 +16,7 @@ from visattn.init.volume_grid import Levels
 from visattn.labels import Labels
 
 _SIDES = {2: 256, 3: 48}  # of the image that costs are computed for
-PYRAMID = "va_pyramid"
-_BACKBONES = {2: "va_pyramid_{size}", 3: "va_pyramid3d_{size}"}
+_PYRAMID = "va_pyramid"
 _BATCH = 2
 _STAGES = 4  # of a pyramid
 _LARGEST = 4096  # side of an image
@@ -65,7 +64,7 @@ def network_for(
     arguments = wanted_arguments(wanted, 2 if levels is None else 3, machine)
     # The pyramid halves four times unless it is told otherwise, and pads what it cannot.
     usual = levels is None or (levels.plain and len(levels.strides) >= _STAGES)
-    if levels is not None and str(arguments.get("backbone", "")).startswith(PYRAMID) and not usual:
+    if levels is not None and str(arguments.get("backbone", "")).startswith(_PYRAMID) and not usual:
         steps = [list(step) for step in levels.strides[:_STAGES]]
         steps += [[1, 1, 1]] * (_STAGES - len(steps))
         arguments["backbone_args"] = {**arguments.get("backbone_args", {}), "strides": steps}
@@ -90,7 +89,6 @@ def wanted_arguments(wanted: Wanted, rank: int, machine: Machine) -> dict[str, A
     Raises:
         UserError: As for `network_for`.
     """
-    from visattn.attention import ATTENTION
     from visattn.networks import NETWORKS
 
     name = wanted.network or "unet"
@@ -117,23 +115,41 @@ def wanted_arguments(wanted: Wanted, rank: int, machine: Machine) -> dict[str, A
                     f"Networks over a backbone: {', '.join(able)}"
                 )
         return arguments
-    small = "tiny" if machine.device == "cpu" else "small"
-    backbone = wanted.backbone or _BACKBONES[rank].format(size=small)
+    backbone = wanted.backbone or pyramid_for(machine, rank)
     arguments |= {"backbone": backbone, "pretrained": False}
     if wanted.attention:
-        if wanted.attention not in ATTENTION:
-            raise unknown("attention", wanted.attention, ATTENTION)
-        if not backbone.startswith(PYRAMID):
-            raise UserError(
-                f"--attention {wanted.attention}: the blocks of '{backbone}' are its own; leave --backbone out for a "
-                f"pyramid of {wanted.attention}.\nIn the decoder of unet it is set by network.decoder in the recipe."
-            )
-        arguments["backbone_args"] = {"attention": mixer_of(wanted.attention, rank)}
+        hint = "\nIn the decoder of unet it is set by network.decoder in the recipe."
+        arguments["backbone_args"] = {"attention": mixer_of(wanted.attention, backbone, "--backbone", rank, hint)}
     return arguments
 
 
-def mixer_of(attention: str, rank: int) -> str | dict[str, Any]:
-    """The `attention` argument of a pyramid."""
+def pyramid_for(machine: Machine, rank: int) -> str:
+    """The preset of the pyramid that the machine can train."""
+    return f"{_PYRAMID}{'3d' if rank == 3 else ''}_{'tiny' if machine.device == 'cpu' else 'small'}"
+
+
+def mixer_of(attention: str, network: str, option: str, rank: int, hint: str = "") -> str | dict[str, Any]:
+    """The `attention` argument of a pyramid.
+
+    Args:
+        attention: What the user asks for.
+        network: The network that is to have it.
+        option: The option that named the network.
+        rank: 2 or 3.
+        hint: What a refusal says besides.
+
+    Raises:
+        UserError: There is no such attention, or the network is no pyramid.
+    """
+    from visattn.attention import ATTENTION
+
+    if attention not in ATTENTION:
+        raise unknown("attention", attention, ATTENTION)
+    if not network.startswith(_PYRAMID):
+        raise UserError(
+            f"--attention {attention}: the blocks of '{network}' are its own; leave {option} out for a pyramid of "
+            f"{attention}.{hint}"
+        )
     if rank == 3 and attention == "neighborhood":
         return {"name": attention, "kernel_size": 5}  # as the pyramids of volumes have it: 7 would be 343 neighbours
     return attention
